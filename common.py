@@ -1,0 +1,1108 @@
+"""What the five methods share, and nothing that is any one method's own idea.
+
+Four parts, in reading order:
+
+  1. ViT        sizes, attention, blocks, patches, positions
+  2. Masking    random masks, and moving tokens in and out of them
+  3. Data       the `shapes` pictures, named sets, folders; crops; the order of a run
+  4. Running    flags, processes, schedules, parameter groups, checkpoints, log, health, pictures
+
+Shape letters, the same in every file: B images, C channels, N patches of an image, V visible, M masked,
+P = patch * patch * C numbers of a patch, D encoder width, E decoder width, T tokens of any kind.
+"""
+
+import argparse, dataclasses, difflib, functools, json, math, os, platform, shutil, signal, subprocess, sys, time
+import typing, warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+import torchvision
+from tqdm import tqdm
+
+
+class BadInput(ValueError):
+    """Something the user gave cannot work. `main` shows it as one line and exits with status 2."""
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# 1. ViT
+# ---------------------------------------------------------------------------------------------------------------
+
+MODELS = {  # width D, depth, heads; nano is ours, for two CPU cores
+    "nano": (128, 6, 4), "tiny": (192, 12, 3), "small": (384, 12, 6),
+    "base": (768, 12, 12), "large": (1024, 24, 16), "huge": (1280, 32, 16),
+}
+LayerNorm = functools.partial(nn.LayerNorm, eps=1e-6)
+
+
+def attend(q, k, v):
+    """Softmax attention. q [B, heads, Q, d], k and v [B, heads, K, d] -> [B, heads, Q, d]."""
+    # On a CPU the backward of the fused kernel is slow (in bf16 8 times slower than in fp32, torch 2.15); two plain
+    # products win until the Q x K matrix leaves the caches.
+    if q.device.type == "cpu" and q.shape[2] * k.shape[2] <= 512 * 512:
+        return (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(-1) @ v
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+class Attention(nn.Module):
+    """Self-attention with one fused projection, rows in the order q, k, v."""
+
+    def __init__(self, dim, heads, qkv_bias=True):
+        super().__init__()
+        if dim % heads:
+            raise BadInput(f"heads={heads} does not divide the width {dim}")
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x):  # [B, T, D]
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # 3 x [B, heads, T, d]
+        return self.proj(attend(q, k, v).transpose(1, 2).flatten(2))
+
+
+class Mlp(nn.Module):
+    def __init__(self, dim, hidden):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class LayerScale(nn.Module):
+    def __init__(self, dim, init):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((dim,), init))
+
+    def forward(self, x):
+        return x * self.gamma
+
+
+class DropPath(nn.Module):
+    """Leaves a whole branch out for a random share of the images, and scales the rest up to keep the mean."""
+
+    def __init__(self, rate):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x):
+        if not self.training:
+            return x
+        keep = torch.rand(len(x), *[1] * (x.ndim - 1), device=x.device) >= self.rate
+        return x * keep / (1 - self.rate)
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block under timm's names. `layer_scale` and `drop_path` exist only where they are on."""
+
+    def __init__(self, dim, heads, qkv_bias=True, norm=LayerNorm, layer_scale=None, drop_path=0.0, mlp_ratio=4):
+        super().__init__()
+        scale = functools.partial(LayerScale, dim, layer_scale) if layer_scale is not None else nn.Identity
+        drop = functools.partial(DropPath, drop_path) if drop_path else nn.Identity
+        self.norm1, self.attn, self.ls1, self.drop_path1 = norm(dim), Attention(dim, heads, qkv_bias), scale(), drop()
+        self.norm2, self.mlp, self.ls2, self.drop_path2 = norm(dim), Mlp(dim, mlp_ratio * dim), scale(), drop()
+
+    def forward(self, x):  # [B, T, D]
+        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x))))
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+
+
+class PatchEmbed(nn.Module):
+    """One linear map per patch [B, N, P]. Stored as a convolution, as in everyone's checkpoints; computed as the product
+    that it is, which takes a third of the convolution's time on a CPU, and only for the patches that are needed."""
+
+    def __init__(self, patch_size, in_chans, dim):
+        super().__init__()
+        self.proj = nn.Conv2d(in_chans, dim, patch_size, patch_size)
+
+    def forward(self, patches):  # [B, N, P] -> [B, N, D]
+        return F.linear(patches, self.proj.weight.permute(0, 2, 3, 1).flatten(1), self.proj.bias)
+
+
+def patchify(images, p):
+    """[B, C, H, W] -> [B, N, P]: patches row by row, and in each one row, column, channel (channel fastest)."""
+    x = images.unflatten(3, (-1, p)).unflatten(2, (-1, p))  # [B, C, gh, p, gw, p]
+    return x.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+
+
+def unpatchify(patches, p, grid):
+    """The inverse of `patchify`; grid is (rows, columns) of patches."""
+    x = patches.unflatten(2, (p, p, -1)).unflatten(1, grid)  # [B, gh, gw, p, p, C]
+    return x.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
+
+
+def pair(size):
+    """32, (32,) or (32, 48) -> (height, width)."""
+    size = (size,) if isinstance(size, int) else tuple(size)
+    return size * 2 if len(size) == 1 else size
+
+
+def patch_grid(img_size, patch_size):
+    """Rows and columns of patches."""
+    (height, width), p = pair(img_size), patch_size
+    if p < 1 or height % p or width % p:
+        near = " ".join(str(max(1, round(n / max(p, 1))) * p) for n in (height, width))
+        raise BadInput(f"--patch-size {p} does not divide --img-size {height} {width}; --img-size {near} would fit")
+    return height // p, width // p
+
+
+def sincos_2d(dim, rows, cols):
+    """Fixed positions [1, R * C, dim] for the coordinates rows [R] and cols [C]: the first half of the channels
+    encodes the column, the second the row, each as [sin(x w), cos(x w)] with w_i = 10000^(-i / (dim / 4))."""
+    if dim % 4:
+        raise BadInput(f"sin-cos positions need a width that 4 divides, not {dim}")
+    w = 10000 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
+    wave = lambda x: torch.cat([(x.double()[:, None] * w).sin(), (x.double()[:, None] * w).cos()], 1)  # [R, dim / 2]
+    col, row = wave(cols)[None].expand(len(rows), -1, -1), wave(rows)[:, None].expand(-1, len(cols), -1)
+    return torch.cat([col, row], 2).flatten(0, 1)[None].float()
+
+
+def resize_positions(pos, old_grid, new_grid):
+    """Position table [1, extra + N, D] for another grid: patches bicubic, the extra rows in front (CLS) as they are."""
+    if tuple(old_grid) == tuple(new_grid):
+        return pos
+    extra = pos.shape[1] - old_grid[0] * old_grid[1]
+    table = pos[:, extra:].transpose(1, 2).unflatten(2, old_grid)  # [1, D, gh, gw]
+    table = F.interpolate(table, tuple(new_grid), mode="bicubic", antialias=True).flatten(2).transpose(1, 2)
+    return torch.cat([pos[:, :extra], table], 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# 2. Masking. A mask is bool [B, N], True = masked, the same number in every row.
+# ---------------------------------------------------------------------------------------------------------------
+
+def random_mask(noise, num_masked):
+    """noise [B, N], uniform -> bool [B, N] with exactly num_masked True in each row."""
+    ids = noise.argsort(1)[:, :num_masked]
+    return torch.zeros_like(noise, dtype=torch.bool).scatter_(1, ids, True)
+
+
+def split_ids(is_masked, num_visible):
+    """bool [B, N] -> ids_visible [B, V], ids_masked [B, M], each in ascending order."""
+    ids = is_masked.byte().argsort(dim=1, stable=True)
+    return ids[:, :num_visible], ids[:, num_visible:]
+
+
+def gather(x, ids):
+    """x [B or 1, N, D], ids [B, K] -> the tokens at those places [B, K, D]."""
+    return x.expand(len(ids), -1, -1).gather(1, ids[..., None].expand(-1, -1, x.shape[-1]))
+
+
+def restore(x, ids):
+    """Tokens x [B, N, D] that belong at places ids [B, N] -> back in image order."""
+    return gather(x, ids.argsort(1))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# 3. Data
+#
+# Everything random is a function of (seed, place in the run): the place is the step and the row of the GLOBAL batch.
+# So a run resumes exactly, every process draws other pictures, and two processes see what one would have seen.
+# ---------------------------------------------------------------------------------------------------------------
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def seed_of(*parts):
+    """One 63-bit seed out of numbers and names: as many independent streams as there are different `parts`."""
+    words = [int.from_bytes(p.encode(), "little") if isinstance(p, str) else int(p) for p in parts]
+    return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def draw(shape, device, *parts):
+    """Uniform numbers in [0, 1), a function of `parts` (and of the kind of device) alone."""
+    return torch.rand(shape, generator=torch.Generator(device).manual_seed(seed_of(*parts)), device=device)
+
+
+# -- shapes: a small world without a download -------------------------------------------------------------------
+
+SHAPES = {  # kind: corners, inner radius, radius of the hole (-1: none), size, waves of the surface along and across
+    "disc": (32, math.cos(math.pi / 32), -1, 0.80, 0, 0), "triangle": (3, 0.5, -1, 1.24, 2, 0),
+    "square": (4, math.cos(math.pi / 4), -1, 1.00, 2, 2), "star": (5, 0.45, -1, 1.30, 1, 0),
+    "ring": (32, math.cos(math.pi / 32), 0.55, 0.95, 0, 0), "spark": (4, 0.40, -1, 1.35, 1, 1),
+}
+SHAPES_TRAIN, SHAPES_VAL, MAX_OBJECTS = 16384, 4096, 10
+
+
+def hashed(seed, index, count):
+    """Uniform numbers [len(index), count], each a pure function of (seed, index, column): splitmix64."""
+    with np.errstate(over="ignore"):
+        z = np.asarray(index, np.uint64)[:, None] * np.uint64(1 << 20) + np.arange(count, dtype=np.uint64)
+        z = (z + np.uint64(seed)) * np.uint64(0x9E3779B97F4A7C15)
+        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+            z = (z ^ (z >> np.uint64(shift))) * np.uint64(factor)
+    return torch.from_numpy(((z ^ (z >> np.uint64(31))) >> np.uint64(40)).astype(np.float32) / 2**24)
+
+
+def render_shapes(seed, index, img_size, in_chans=3):
+    """Pictures number `index` of the world `seed`: uint8 [n, C, H, W], labels {name: [n]}, kind map uint8 [n, H, W].
+
+    3 to 10 objects stand on a floor before a wall. The nearest is large and in front; how large and how low in the
+    picture an object is follows from its distance, and the nearer hides the farther. A kind is an outline with its
+    surface; colours, turns, light and wall are anything. Labels: kind of the nearest object (6 classes), how many
+    there are (8: 3..10), distance of the nearest (6). In the map, 0 is background and 1 + kind an object."""
+    (height, width), K, n = pair(img_size), MAX_OBJECTS, len(index)
+    short = min(height, width)
+    rand = lambda name, *shape: hashed(seed_of("shapes", name, seed), index, math.prod(shape)).view(n, *shape)
+    spread = lambda t: t[..., None, None]  # over the pixels
+
+    # Wall and floor: two colours mixed by three plane waves, the floor a little darker.
+    y, x = torch.meshgrid((torch.arange(height) + 0.5) / height, (torch.arange(width) + 0.5) / width, indexing="ij")
+    angle, octave, phase, amount = spread(rand("waves", 4, 3)).unbind(1)  # each [n, 3, 1, 1]
+    angle, freq = math.pi * angle, 2 * math.pi * 2 ** (1.5 * octave)
+    waves = amount * (freq * (x * angle.cos() + y * angle.sin()) + 2 * math.pi * phase).sin()  # [n, 3, H, W]
+    texture = (0.5 + 0.35 * waves.sum(1, keepdim=True)).clamp(0, 1)
+    one, two = spread(0.1 + 0.8 * rand("wall", 2, in_chans)).unbind(1)  # [n, C, 1, 1]
+    canvas = one * texture + two * (1 - texture)  # [n, C, H, W]
+    horizon = spread(0.25 + 0.15 * rand("horizon", 1))
+    canvas = canvas * (1 - 0.35 * ((y - horizon) * 8).clamp(0, 1))
+
+    # Objects, from far to near. The distance of the nearest is a label, 0..6; all others stand well behind it.
+    count = (8 * rand("count")).long()  # 0..7 stands for 3..10 objects
+    nearest = 6 * rand("nearest")
+    others = (9 + 3 * rand("depth", K - 1)).masked_fill(torch.arange(K - 1) >= count[:, None] + 2, torch.inf)
+    depth = torch.cat([others.sort(1, descending=True).values, nearest[:, None]], 1)
+    near = 1 / (1 + torch.tensor([0.25] * (K - 1) + [0.13]) * depth)  # perspective; 0 for an object that is not there
+    kind, tint = (len(SHAPES) * rand("kind", K)).long(), 0.1 + 0.9 * rand("tint", K, in_chans)
+    corners, inner, hole, size, along, across = torch.tensor(list(SHAPES.values()))[kind].unbind(2)  # each [n, K]
+    radius = 0.42 * short * size * near
+    centre_x = width * (0.1 + 0.8 * rand("x", K))
+    centre_y = height * (0.15 + 0.5 * near + 0.25 * (rand("y", K) - 0.5))
+    turn, light = 2 * math.pi * rand("turn", K), spread(2 * math.pi * rand("light"))
+    kind_map = torch.zeros(n, height, width, dtype=torch.uint8)
+    for k in range(K):  # one object of every picture at once
+        dx, dy = x * width - spread(centre_x[:, k]), y * height - spread(centre_y[:, k])  # [n, H, W]
+        r, dist, theta = spread(radius[:, k]), torch.hypot(dx, dy), torch.atan2(dy, dx) + spread(turn[:, k])
+        beta, c = spread(math.pi / corners[:, k]), spread(inner[:, k])
+        fold = beta - (theta.remainder(2 * beta) - beta).abs()  # the angle from the nearest tip, 0..beta
+        outline = c * beta.sin() / (c * beta.sin() * fold.cos() + (1 - c * beta.cos()) * fold.sin())
+        cover = (outline * r - dist + 0.5).clamp(0, 1) * (dist - spread(hole[:, k]) * r + 0.5).clamp(0, 1)
+        cover = cover * spread(near[:, k] > 0)  # with soft edges
+        u, v = 9 * math.pi / short * dist * theta.cos(), 9 * math.pi / short * dist * theta.sin()
+        fu, fv = spread(along[:, k]), spread(across[:, k])
+        surface = 1.6 * (fu > 0) * (fu * u + 0.5).cos() * (fv * v + 0.5 * (fv > 0)).cos()
+        shade = 0.75 + 0.3 * (dx * light.cos() + dy * light.sin()) / r.clamp(min=1e-3) + 0.35 * surface.clamp(-0.9, 0.9)
+        canvas += (spread(tint[:, k]) * shade[:, None] - canvas) * cover[:, None]
+        kind_map = torch.where(cover > 0.5, spread(kind[:, k] + 1).byte(), kind_map)
+    labels = {"kind": kind[:, -1], "count": count, "distance": nearest.long()}
+    return (canvas * 255).round().clamp(0, 255).byte(), labels, kind_map
+
+
+# -- sets: all in memory, or files --------------------------------------------------------------------------------
+
+@dataclasses.dataclass
+class Pixels:
+    """A set of small images, decoded, in one tensor."""
+    images: torch.Tensor  # uint8 [n, C, H, W]
+    labels: dict  # name: [n]; empty where there are none
+    maps: torch.Tensor = None  # uint8 [n, H, W], a class per pixel
+    margin = 1.0  # the evaluation crop's share of the shorter side
+
+    def __len__(self):
+        return len(self.images)
+
+
+class Folder:
+    """A set of image files that are read when they are needed."""
+    margin = 0.875  # 224 out of 256, as everyone's evaluation has it
+
+    def __init__(self, paths, labels, chans):
+        self.paths = np.array([os.fsencode(p) for p in paths])  # one block of bytes: workers share it, lists they copy
+        self.labels, self.labelled, self.chans = torch.tensor(labels), labels[0] >= 0, chans
+
+    def __len__(self):
+        return len(self.paths)
+
+    def name(self, i):
+        return os.fsdecode(self.paths[i])
+
+    def read(self, i):  # -> uint8 [C, h, w], label
+        return read_image(self.name(i), self.chans), int(self.labels[i])
+
+
+class Named:
+    """One of torchvision's sets of larger images, behind the same three methods."""
+    margin, labelled = 0.875, True
+
+    def __init__(self, name, data, chans):
+        self.title, self.data, self.chans = name, data, chans
+
+    def __len__(self):
+        return len(self.data)
+
+    def name(self, i):
+        return f"{self.title}, image {i}"
+
+    def read(self, i):
+        image, label = self.data[i]
+        return match_channels(torchvision.transforms.functional.pil_to_tensor(image), self.chans), int(label)
+
+
+NAMED = {  # name: (torchvision's class, options of the training set, of the test set, small enough to be held decoded)
+    "cifar10": ("CIFAR10", {"train": True}, {"train": False}, True),
+    "cifar100": ("CIFAR100", {"train": True}, {"train": False}, True),
+    "mnist": ("MNIST", {"train": True}, {"train": False}, True),
+    "fashion_mnist": ("FashionMNIST", {"train": True}, {"train": False}, True),
+    "svhn": ("SVHN", {"split": "train"}, {"split": "test"}, True),
+    "stl10": ("STL10", {"split": "train"}, {"split": "test"}, True),
+    "imagenette": ("Imagenette", {"split": "train", "size": "320px"}, {"split": "val", "size": "320px"}, False),
+    "flowers102": ("Flowers102", {"split": "train"}, {"split": "test"}, False),
+    "food101": ("Food101", {"split": "train"}, {"split": "test"}, False),
+    "oxford_pets": ("OxfordIIITPet", {"split": "trainval"}, {"split": "test"}, False),
+}
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".npy")
+READ_ERRORS = (OSError, RuntimeError, ValueError, SyntaxError)  # what decoders raise on a file that is no image
+
+
+def load_data(cfg, run):
+    """cfg.data -> (training set, validation set or None)."""
+    name, _, many = cfg.data.partition(":")
+    if name == "shapes":
+        if many and not many.isdigit() or many == "0":
+            raise BadInput(f"--data {cfg.data}: after `shapes:` comes a number of pictures")
+        sizes = (int(many), max(1, int(many) // 4)) if many else (SHAPES_TRAIN, SHAPES_VAL)
+        return tuple(shapes_set(cfg, start, n, run) for start, n in zip((0, 1 << 40), sizes))
+    if cfg.data in NAMED:
+        return tuple(named_set(cfg, options, run) for options in NAMED[cfg.data][1:3])
+    return folder_sets(cfg, run)
+
+
+def shapes_set(cfg, start, n, run):
+    # 32 pictures at a time stay in the processor's cache, which makes the drawing three times faster.
+    parts = [render_shapes(cfg.seed, range(start + i, start + min(i + 32, n)), cfg.img_size, cfg.in_chans)
+             for i in tqdm(range(0, n, 32), "drawing shapes", leave=False, disable=not run.main or n < 4096)]
+    images, labels, maps = zip(*parts)
+    labels = {k: torch.cat([part[k] for part in labels]) for k in labels[0]}
+    return Pixels(torch.cat(images), labels, torch.cat(maps))
+
+
+def named_set(cfg, options, run):
+    """One of torchvision's sets; downloaded by the first process of a machine, if need be."""
+    kind, small = getattr(torchvision.datasets, NAMED[cfg.data][0]), NAMED[cfg.data][3]
+    for turn in (True, False):  # the first process of each machine, then the others
+        if turn == (run.local_rank == 0):
+            try:
+                data = kind(cfg.data_root, download=False, **options)
+            except (RuntimeError, OSError):
+                try:
+                    data = kind(cfg.data_root, download=True, **options)
+                except Exception as error:
+                    raise BadInput(f"--data {cfg.data}: not under --data-root {cfg.data_root}, and the download "
+                                   f"failed ({' '.join(str(error).split())[:200]})") from error
+        run.barrier()
+    data = Named(cfg.data, data, cfg.in_chans)
+    if not small:
+        return data
+    try:
+        rows = [data.read(i) for i in tqdm(range(len(data)), f"reading {cfg.data}", leave=False, disable=not run.main)]
+    except ValueError as error:
+        raise BadInput(f"--data {cfg.data}: {error}") from error
+    return Pixels(torch.stack([image for image, _ in rows]), {"class": torch.tensor([label for _, label in rows])})
+
+
+def folder_sets(cfg, run):
+    """Any folder of images: nested or flat; `train/` and `val/` inside are used as such; folders of the first level
+    are classes. Without `val/`, every tenth image of a labelled folder is held out for k-NN."""
+    root = Path(cfg.data)
+    if not root.is_dir():
+        close = difflib.get_close_matches(cfg.data, ["shapes", *NAMED], 1)
+        raise BadInput(f"--data {cfg.data}: no such folder" + (f"; did you mean {close[0]}?" if close else
+                       f", and not one of: shapes {' '.join(NAMED)}"))
+    split = (root / "train").is_dir()
+    train_root, val_root = (root / "train", root / "val") if split else (root, None)
+    paths = find_images(train_root)
+    if not paths:
+        raise BadInput(f"--data {cfg.data}: no image in it (looked for {' '.join(EXTENSIONS)})")
+    top = lambda path, base: path.relative_to(base).parts[0] if len(path.relative_to(base).parts) > 1 else None
+    classes = sorted({top(p, train_root) for p in paths} - {None})
+    labelled = len(classes) > 1 and all(top(p, train_root) for p in paths)
+    if split and val_root.is_dir() and labelled:
+        val_paths = find_images(val_root)
+        unknown = sorted({str(top(p, val_root)) for p in val_paths} - set(classes))
+        if unknown:
+            raise BadInput(f"--data {cfg.data}: val/ has classes that train/ has not: {' '.join(unknown[:5])}")
+    else:
+        val_root, val_paths = train_root, paths[9::10] if labelled else []
+        paths = [p for i, p in enumerate(paths) if i % 10 != 9] if labelled else paths
+    run.say(f"data: {len(paths)} images in {train_root}, " + (f"{len(classes)} classes from its folders, {len(val_paths)} "
+            "images for k-NN" if labelled else "no labels (no class folders), so no k-NN"))
+    number = {name: i for i, name in enumerate(classes)}
+    return tuple(Folder(ps, [number[top(p, base)] if labelled else -1 for p in ps], cfg.in_chans) if ps else None
+                 for ps, base in ((paths, train_root), (val_paths, val_root)))
+
+
+def find_images(root):
+    """All image files below root, sorted; hidden ones are left out, a folder that links to its parent ends."""
+    found, visited = [], set()
+    for folder, inside, names in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in visited:
+            inside[:] = []
+            continue
+        visited.add(real)
+        inside[:] = sorted(d for d in inside if not d.startswith("."))
+        found += [Path(folder, n) for n in names if n.lower().endswith(EXTENSIONS) and not n.startswith(".")]
+    return sorted(found)
+
+
+def match_channels(image, chans):
+    """uint8 [c, H, W] -> [chans, H, W]: grey is repeated, colour averaged to grey, alpha dropped or added."""
+    have = len(image)
+    if have == chans:
+        return image
+    if have in (2, 4):  # the last one is alpha
+        return match_channels(image[:-1], chans)
+    if chans == 1 and have == 3:
+        return torchvision.transforms.functional.rgb_to_grayscale(image)
+    if have == 1 and chans <= 4:
+        return image.expand(min(chans, 3), -1, -1) if chans != 4 else match_channels(image.expand(3, -1, -1), 4)
+    if have == 3 and chans == 4:
+        return torch.cat([image, torch.full_like(image[:1], 255)])
+    raise ValueError(f"the image has {have} channels, --in-chans is {chans}")
+
+
+def read_image(path, chans):
+    """One image file as uint8 [chans, H, W]; more than four channels come as .npy, uint8 [H, W, C]."""
+    if path.lower().endswith(".npy"):
+        array = np.load(path, allow_pickle=False)
+        if array.dtype != np.uint8 or array.ndim not in (2, 3):
+            raise ValueError(f"a .npy image is uint8 [H, W, C], this one is {array.dtype} {list(array.shape)}")
+        image = torch.from_numpy(array)
+        return match_channels(image[None] if image.ndim == 2 else image.permute(2, 0, 1).contiguous(), chans)
+    if path.lower().endswith((".jpg", ".jpeg")):  # the decoder itself, without a detour over PIL
+        mode = {1: "GRAY", 3: "RGB"}.get(chans, "UNCHANGED")
+        data = torchvision.io.read_file(path)
+        return match_channels(torchvision.io.decode_jpeg(data, torchvision.io.ImageReadMode[mode],
+                                                         apply_exif_orientation=True), chans)
+    with torchvision.datasets.folder.default_loader(path) as image:
+        return match_channels(torchvision.transforms.functional.pil_to_tensor(image), chans)
+
+
+# -- crops ----------------------------------------------------------------------------------------------------------
+
+def crop_boxes(u, height, width, scale):
+    """Random resized crops of n images of one size. u [n, 41] uniform; scale (least, most) share of the area -> boxes
+    [n, 4]: top, left, height, width, and flips [n]. torchvision's rule: of ten tries (area even, aspect ratio log-even
+    in [3/4, 4/3]) the first that fits, else the largest central crop of an allowed aspect ratio."""
+    area, aspect, y, x = u[:, :40].unflatten(1, (4, 10)).unbind(1)  # each [n, 10]
+    area = height * width * (scale[0] + (scale[1] - scale[0]) * area)
+    aspect = torch.exp(math.log(3 / 4) + (math.log(4 / 3) - math.log(3 / 4)) * aspect)
+    h, w = (area / aspect).sqrt().round(), (area * aspect).sqrt().round()
+    fits = (h >= 1) & (w >= 1) & (h <= height) & (w <= width)
+    widest, highest = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
+    tries = torch.stack([((height - h + 1) * y).floor(), ((width - w + 1) * x).floor(), h, w], 2)  # [n, 10, 4]
+    boxes = tries.gather(1, fits.byte().argmax(1)[:, None, None].expand(-1, 1, 4))[:, 0]
+    for column, value in enumerate(((height - highest) // 2, (width - widest) // 2, highest, widest)):
+        boxes[:, column].masked_fill_(~fits.any(1), value)
+    return boxes, u[:, 40] < 0.5
+
+
+def resample_matrix(start, length, n_in, n_out):
+    """Bicubic resampling with antialiasing of a stretch [start, start + length) of n_in pixels to n_out pixels, as one
+    matrix per image [B, n_out, n_in]. The same weights as PIL's and torchvision's."""
+    start, step = start[:, None, None], (length / n_out)[:, None, None]  # step: input pixels per output pixel
+    at = torch.arange(n_in, device=start.device) + 0.5
+    centre = start + (torch.arange(n_out, device=start.device)[:, None] + 0.5) * step
+    x = ((at - centre) / step.clamp(min=1)).abs()
+    weight = torch.where(x < 1, (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2).masked_fill(x >= 2, 0)
+    weight = weight.masked_fill((at < start) | (at > start + length[:, None, None]), 0)
+    return weight / weight.sum(-1, keepdim=True)
+
+
+def crop_resize(images, boxes, flips, size):
+    """Every image's own box, resized and maybe flipped: uint8 [B, C, H, W] -> float [B, C, *size] in 0..255. A crop, a
+    resize and a flip along an axis are one small matrix, so that the batch is two products and no loop."""
+    top, left, h, w = boxes.unbind(1)
+    rows = resample_matrix(top, h, images.shape[2], size[0])
+    cols = resample_matrix(left, w, images.shape[3], size[1])
+    cols = torch.where(flips[:, None, None], cols.flip(1), cols)
+    return (rows[:, None] @ images.float() @ cols[:, None].mT).clamp_(0, 255)
+
+
+def centre_box(height, width, size, margin):
+    """The largest central box of the wanted aspect ratio, times margin: top, left, height, width."""
+    side = min(height / size[0], width / size[1]) * margin
+    h, w = max(1, round(size[0] * side)), max(1, round(size[1] * side))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+# -- the stream of a run --------------------------------------------------------------------------------------------
+
+class Order:
+    """Which image stands at a place of the run: epoch after epoch, each its own permutation. Nothing is dropped at an
+    epoch's end, and a set smaller than a batch is simply seen more than once in it."""
+
+    def __init__(self, n, seed):
+        self.n, self.permutation = n, functools.lru_cache(2)(
+            lambda epoch: torch.randperm(n, generator=torch.Generator().manual_seed(seed_of("order", seed, epoch))))
+
+    def __call__(self, step, batch, rows):
+        place = torch.arange(step * batch + rows.start, step * batch + rows.stop)
+        epochs = place // self.n
+        return torch.cat([self.permutation(e)[place[epochs == e] % self.n] for e in epochs.unique().tolist()])
+
+
+class Crops(torch.utils.data.Dataset):
+    """What a worker process does: read, crop and resize one image, on uint8. An item is (index, seeds of the crop, or
+    None for the central one). An image that cannot be read is replaced by the next that can, and reported."""
+
+    def __init__(self, data, size, scale):
+        self.data, self.size, self.scale = data, tuple(size), scale
+
+    def __getitem__(self, item):
+        index, place = item
+        broken = []
+        for i in range(index, index + 100):
+            i %= len(self.data)
+            try:
+                image, label = self.data.read(i)
+                break
+            except READ_ERRORS:
+                broken.append(i)
+        else:
+            return None, -1, broken
+        if place is None:
+            box, flip = centre_box(*image.shape[1:], self.size, self.data.margin), False
+        else:
+            boxes, flips = crop_boxes(draw((1, 41), "cpu", "crop", *place), *image.shape[1:], self.scale)
+            box, flip = boxes[0].int().tolist(), bool(flips)
+        top, left, h, w = box
+        image = image[:, top:top + h, left:left + w]
+        image = torchvision.transforms.v2.functional.resize(image, self.size, antialias=True,
+                    interpolation=torchvision.transforms.InterpolationMode.BICUBIC)
+        return image.flip(2) if flip else image, label, broken
+
+    @staticmethod
+    def collate(items):
+        images, labels, broken = zip(*items)
+        broken = [b for some in broken for b in some]
+        if any(image is None for image in images):
+            return None, None, broken
+        return torch.stack(images), torch.tensor(labels), broken
+
+
+def train_batches(cfg, run, data, scale, start, total):
+    """The training stream: one micro-batch [m, C, H, W], normalised, on the device, for every micro-step of the steps
+    start..total-1. `scale` is the crop's least and most share of the area."""
+    order, places = Order(len(data), cfg.seed), ((s, run.rows(cfg, a)) for s in range(start, total) for a in range(cfg.accum))
+    if isinstance(data, Pixels):
+        images = data.images
+        if run.device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info()[0] / 4:
+            images = images.to(run.device)
+        for step, rows in places:
+            picked = to_device(images[to_device(order(step, cfg.batch_size, rows), images.device)], run.device)
+            noise = draw((cfg.batch_size, 41), run.device, "crop", cfg.seed, step)[rows]
+            yield normalise(crop_resize(picked, *crop_boxes(noise, *images.shape[2:], scale), pair(cfg.img_size)), cfg)
+    else:
+        items = ([(i, (cfg.seed, step, row)) for i, row in zip(order(step, cfg.batch_size, rows).tolist(),
+                                                               range(rows.start, rows.stop))] for step, rows in places)
+        for images, _, broken in read_batches(Crops(data, pair(cfg.img_size), scale), items, cfg, run):
+            run.report_broken(data, broken)
+            yield normalise(images.to(run.device, non_blocking=True).float(), cfg)
+
+
+def eval_batches(cfg, run, data, ids, size=256):
+    """Whole pictures, centre-cropped: yields images [m, C, H, W] as `train_batches` does, and labels {name: [m]}."""
+    if isinstance(data, Pixels):
+        for some in ids.split(size):
+            box = torch.tensor([centre_box(*data.images.shape[2:], pair(cfg.img_size), data.margin)]).float()
+            images = crop_resize(data.images[some], box.expand(len(some), 4), torch.zeros(len(some), dtype=torch.bool),
+                                 pair(cfg.img_size)).to(run.device)
+            yield normalise(images, cfg), {name: y[some] for name, y in data.labels.items()}
+    else:
+        items = ([(i, None) for i in some.tolist()] for some in ids.split(size))
+        for images, labels, broken in read_batches(Crops(data, pair(cfg.img_size), None), items, cfg, run):
+            run.report_broken(data, broken)
+            yield normalise(images.to(run.device).float(), cfg), {"class": labels} if data.labelled else {}
+
+
+def read_batches(crops, items, cfg, run):
+    workers = cfg.workers if cfg.workers >= 0 else max(1, min(8, (os.cpu_count() or 1) // run.local_world))
+    loader = torch.utils.data.DataLoader(crops, batch_sampler=items, num_workers=workers, collate_fn=Crops.collate,
+                                         worker_init_fn=worker_signals, pin_memory=run.device.type == "cuda", prefetch_factor=4 if workers else None)
+    return iter(loader)
+
+
+def normalise(images, cfg):
+    """float 0..255 -> (x / 255 - mean) / std per channel, in place."""
+    mean, std = per_channel(cfg.mean, images.device), per_channel(cfg.std, images.device)
+    return images.sub_(255 * mean).div_(255 * std)
+
+
+def denormalise(images, cfg):
+    """The inverse, in 0..1, for pictures."""
+    return (images * per_channel(cfg.std, images.device) + per_channel(cfg.mean, images.device)).clamp(0, 1)
+
+
+@functools.lru_cache(16)  # a fresh copy to a GPU would synchronise in every step
+def per_channel(values, device):
+    return torch.tensor(values, device=device).view(-1, 1, 1)
+
+
+def to_device(x, device):
+    """Without waiting for it, where the device can."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" and x.device.type == "cpu" else x.to(device)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# 4. Running
+# ---------------------------------------------------------------------------------------------------------------
+
+# -- flags: a field of a method's Config is the flag, the log's header and the checkpoint's record ----------------
+
+SHARED = {  # the flags that all five methods have: group, help, choices
+    "data": ("data", "shapes (drawn here), shapes:N (N pictures), a folder of images, or one of " + " ".join(NAMED)),
+    "data_root": ("data", "where torchvision's sets lie or are downloaded to"),
+    "img_size": ("data", "side of the image, or height and width"),
+    "in_chans": ("data", "channels; above 4 a folder holds .npy files, uint8 [H, W, C]"),
+    "mean": ("data", "per channel, of 0..1; default ImageNet's for 3 channels, else 0.5"),
+    "std": ("data", "per channel; default ImageNet's for 3 channels, else 0.25"),
+    "workers": ("data", "processes that decode images, for folders; -1 chooses, 0 is none"),
+    "model": ("model", "size of the encoder", tuple(MODELS)),
+    "patch_size": ("model", "side of a patch; 0 chooses by image: 4 below 48 pixels, 8 below 160, else 16"),
+    "batch_size": ("training", "global batch, whatever the number of processes and --accum"),
+    "accum": ("training", "micro-batches per step, to save memory"),
+    "epochs": ("training", "passes over the training set"),
+    "warmup_epochs": ("training", "passes until the rate has risen to its peak"),
+    "base_lr": ("training", "rate per 256 images: the rate used is base_lr * batch_size / 256"),
+    "weight_decay": ("training", "AdamW's decay of matrices; biases and norms have none"),
+    "clip_grad": ("training", "largest gradient norm; 0 is no limit"),
+    "seed": ("training", "all randomness follows from it"),
+    "device": ("run", "where to compute", ("auto", "cpu", "cuda", "mps")),
+    "amp": ("run", "precision of products; auto: bf16 where the device is fast at it", ("auto", "bf16", "fp16", "off")),
+    "compile": ("run", "torch.compile; auto: on CUDA", ("auto", "on", "off")),
+    "out": ("run", "folder for last.pt, log.jsonl and pictures"),
+    "resume": ("run", "auto goes on from OUT/last.pt where there is one; no starts over; or a checkpoint to go on from"),
+    "save_every": ("run", "epochs between checkpoints"),
+    "eval_every": ("run", "epochs between k-NN tests and pictures; 0: only before and after training"),
+    "log_every": ("run", "steps between log lines"),
+}
+CHANGEABLE = {"epochs", "accum", "workers", "device", "amp", "compile", "data_root", "out", "resume", "save_every",
+              "eval_every", "log_every"}  # what a resumed run may have otherwise: its length and how it is run
+
+
+def flag(default, help, choices=None):
+    """A method's own Config field, with its line of help."""
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise BadInput(message)
+
+
+def parse_args(Config, doc="", argv=None):
+    """The dataclass as flags: --dashes-for-underscores, --no-x for a switch, several values for a tuple."""
+    parser = Parser(description=doc.strip().split("\n\n")[0], allow_abbrev=False,
+                    formatter_class=functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=34, width=110),
+                    epilog="exit status: 0 done, 1 the loss was not finite, 2 bad input, 128 + n stopped by signal n (saved)")
+    groups = {name: parser.add_argument_group(name) for name in ("the method", "model", "data", "training", "run")}
+    types = typing.get_type_hints(Config)
+    for field in dataclasses.fields(Config):
+        group, text, choices = (*SHARED[field.name], None)[:3] if field.name in SHARED else \
+            ("the method", field.metadata["help"], field.metadata["choices"])
+        shown = " ".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
+        options = {"default": field.default, "help": f"{text} [{shown}]" if shown != "" else text}
+        if types[field.name] is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        elif typing.get_origin(types[field.name]) is tuple:
+            options |= {"nargs": "+", "type": typing.get_args(types[field.name])[0], "metavar": "X"}
+        else:
+            options |= {"type": types[field.name], "choices": choices} | ({} if choices else {"metavar": "X"})
+        groups[group].add_argument("--" + field.name.replace("_", "-"), **options)
+    values, unknown = parser.parse_known_args(argv)
+    if unknown:
+        known = [s for action in parser._actions for s in action.option_strings]
+        close = difflib.get_close_matches(unknown[0].split("=")[0], known, 1)
+        raise BadInput(f"unknown argument {unknown[0]}" + (f"; did you mean {close[0]}?" if close else "; see --help"))
+    return Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in vars(values).items()})
+
+
+def main(train, Config, doc):
+    """What every method file runs: flags in, status out; what the user got wrong is one line."""
+    try:
+        status = train(parse_args(Config, doc))
+    except BadInput as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        status = 2
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    sys.exit(status)
+
+
+# -- processes ------------------------------------------------------------------------------------------------------
+
+@dataclasses.dataclass
+class Run:
+    """Where and how this process computes."""
+    device: torch.device
+    amp: torch.dtype  # None: float32 throughout
+    compile: bool
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+    local_world: int = 1
+    signal: int = 0  # the number of a signal that asked for the end
+    warned: bool = False  # of waiting for data
+    broken: dict = dataclasses.field(default_factory=dict)  # images that could not be read: index, name
+
+    @property
+    def main(self):
+        return self.rank == 0
+
+    def say(self, text):
+        if self.main:
+            tqdm.write(text)
+
+    def barrier(self):
+        if self.world > 1:
+            dist.barrier()
+
+    def rows(self, cfg, micro):
+        """The rows of the global batch that this process holds in a micro-step."""
+        size = cfg.batch_size // cfg.accum // self.world
+        start = (micro * self.world + self.rank) * size
+        return slice(start, start + size)
+
+    def autocast(self):
+        return torch.autocast(self.device.type, self.amp or torch.bfloat16, enabled=self.amp is not None)
+
+    def average(self, values):
+        """A vector averaged over the processes."""
+        if self.world > 1:
+            dist.all_reduce(values)
+        return values / self.world
+
+    @property
+    def asked_to_stop(self):
+        """Between log lines only a process that is alone may stop: the others would wait for it for ever."""
+        return self.signal and self.world == 1
+
+    def describe(self, cfg, model, total, peak_lr):
+        """What the run really uses."""
+        count = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
+        self.say(f"{cfg.model}: {count:.2f} M trained parameters, {device_name(self.device)}, "
+                 f"{'float32' if self.amp is None else str(self.amp)[6:]}{', compiled' * self.compile}\n"
+                 f"batch: {cfg.batch_size} = {self.world} processes x {cfg.accum} micro-batches x "
+                 f"{cfg.batch_size // self.world // cfg.accum}; {total} steps, {total * cfg.batch_size} images; "
+                 f"base lr {cfg.base_lr:g}, lr {peak_lr:g}")
+
+    def save(self, cfg, **state):
+        if self.main:
+            save_checkpoint(Path(cfg.out, "last.pt"), state)
+
+    def warn_if_data_bound(self, share):
+        if share > 0.3 and not self.warned:
+            self.warned = True
+            self.say(f"warning: data-bound: {share:.0%} of the time is spent waiting for images; more --workers may help")
+
+    def report_broken(self, data, indices):
+        for i in indices:
+            if i not in self.broken:
+                self.broken[i] = data.name(i)
+                tqdm.write(f"warning: cannot read {data.name(i)}; the next readable image takes its place")
+        if len(self.broken) > max(1, len(data) // 100):
+            raise BadInput(f"--data: {len(self.broken)} of {len(data)} images cannot be read, more than 1 %: "
+                           + ", ".join(list(self.broken.values())[:3]))
+
+
+def start(cfg):
+    """Checks the flags, joins the processes, chooses device and precision. Returns the Config with its open values
+    (patch size, mean, std) filled in, and the Run."""
+    for name, least in {"in_chans": 1, "batch_size": 1, "accum": 1, "log_every": 1, "save_every": 1, "eval_every": 0,
+                        "epochs": 1, "warmup_epochs": 0, "base_lr": 0, "weight_decay": 0, "clip_grad": 0,
+                        "workers": -1, "patch_size": 0, "seed": 0}.items():
+        if not getattr(cfg, name) >= least:
+            raise BadInput(f"--{name.replace('_', '-')} {getattr(cfg, name)} is less than {least}")
+    if len(cfg.img_size) > 2 or min(cfg.img_size) < 1:
+        raise BadInput(f"--img-size takes one or two positive numbers, not {' '.join(map(str, cfg.img_size))}")
+    size = max(pair(cfg.img_size))
+    filled = {"patch_size": cfg.patch_size or (4 if size < 48 else 8 if size < 160 else 16)}
+    for name, colour, other in (("mean", IMAGENET_MEAN, 0.5), ("std", IMAGENET_STD, 0.25)):
+        given = getattr(cfg, name) or (colour if cfg.in_chans == 3 else (other,))
+        if len(given) not in (1, cfg.in_chans) or name == "std" and min(given) <= 0:
+            raise BadInput(f"--{name} takes 1 or {cfg.in_chans} numbers{' above 0' * (name == 'std')}, "
+                           f"not {' '.join(map(str, given))}")
+        filled[name] = tuple(given) * (cfg.in_chans // len(given))
+    cfg = dataclasses.replace(cfg, **filled)
+    patch_grid(cfg.img_size, cfg.patch_size)
+
+    world, rank, local_rank = (int(os.environ.get(k, d)) for k, d in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))
+    share = world * cfg.accum
+    if cfg.batch_size % share:
+        near = max(1, round(cfg.batch_size / share)) * share
+        raise BadInput(f"--batch-size {cfg.batch_size} does not divide into {world} processes x --accum {cfg.accum}; "
+                       f"--batch-size {near} would")
+    device = choose_device(cfg.device, local_rank)
+    amp = choose_amp(cfg.amp, device)
+    compiled = cfg.compile == "on" or cfg.compile == "auto" and device.type == "cuda"
+    if cfg.compile == "on" and device.type == "cpu" and not (os.environ.get("CXX") or shutil.which("g++") or
+                                                             shutil.which("clang++")):
+        raise BadInput("--compile on needs a C++ compiler (g++ or clang++) on the CPU")
+    run = Run(device, amp, compiled, rank, world, local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    torch.set_float32_matmul_precision("high")  # TF32 on CUDA where autocast does not reach
+
+    asked = [math.inf]
+
+    def on_signal(number, frame):
+        if time.monotonic() > asked[0] + 1:  # asked again: leave at once. (torchrun passes a Ctrl-C on, a moment later.)
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        run.signal, asked[0] = number, min(asked[0], time.monotonic())
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, on_signal)
+    return cfg, run
+
+
+def worker_signals(_):
+    """Loader processes leave Ctrl-C to their parent and end when it says so."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def choose_device(name, local_rank):
+    mps = hasattr(torch.backends, "mps") and torch.backends.mps.is_available()
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if mps and "WORLD_SIZE" not in os.environ else "cpu"
+    if name == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if local_rank >= count:
+            raise BadInput(f"--device cuda: this process needs GPU number {local_rank}, torch sees {count}")
+        torch.cuda.set_device(local_rank)
+        return torch.device("cuda", local_rank)
+    if name == "mps" and not mps:
+        raise BadInput("--device mps: torch sees no Apple GPU here")
+    return torch.device(name)
+
+
+def choose_amp(name, device):
+    if name == "auto" and device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    if name == "auto":  # bf16 pays on a CPU that has the instructions (there up to 7 times fp32's rate), else it costs
+        flags = Path("/proc/cpuinfo").read_text() if device.type == "cpu" and Path("/proc/cpuinfo").exists() else ""
+        return torch.bfloat16 if "avx512_bf16" in flags or "amx_bf16" in flags else None
+    if name == "fp16" and device.type == "cpu":
+        raise BadInput("--amp fp16 is for GPUs; on the CPU take bf16 or off")
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[name]
+
+
+# -- optimisation -----------------------------------------------------------------------------------------------------
+
+def warmup_cosine(step, total, warmup, peak, final=0.0):
+    """Linear from 0 to the peak, then half a cosine down to the final rate."""
+    if step < warmup:
+        return peak * step / warmup
+    return final + (peak - final) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+def param_groups(model, weight_decay):
+    """Two groups for AdamW: matrices with decay; biases, norm gains and all else of one dimension without."""
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    return [{"params": [p for _, p in named if p.ndim > 1], "weight_decay": weight_decay},
+            {"params": [p for _, p in named if p.ndim <= 1], "weight_decay": 0.0}]
+
+
+# -- checkpoints and log ----------------------------------------------------------------------------------------------
+
+def read_checkpoint(path):
+    """A plain dict of tensors and numbers from a file; nothing in it is executed."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise BadInput(f"{path}: no such file") from error
+    except Exception as error:  # torch.load raises half a dozen kinds, all of them meaning this
+        why = "it needs unpickling of code, which is refused" if "weights_only" in str(error).lower() or \
+            "Unsupported" in str(error) else "truncated, or not a PyTorch checkpoint"
+        raise BadInput(f"{path}: cannot be read: {why}") from error
+    if not isinstance(state, dict):
+        raise BadInput(f"{path}: holds a {type(state).__name__}, not a dict of weights")
+    return state
+
+
+def find_resume(cfg, method, run):
+    """The checkpoint to go on from, or None; refused where it is another method's or another Config's."""
+    path = Path(cfg.out, "last.pt") if cfg.resume == "auto" else Path(cfg.resume)
+    if cfg.resume == "no" or cfg.resume == "auto" and not path.exists():
+        return None
+    state = read_checkpoint(path)
+    if state.get("method") != method:
+        raise BadInput(f"{path}: " + (f"a checkpoint of {state['method']}, not of {method}" if "method" in state else
+                       "not a checkpoint of this repository's training runs"))
+    differ = [f"--{k.replace('_', '-')} {state['config'].get(k)} there, {v} now" for k, v in
+              dataclasses.asdict(cfg).items() if k not in CHANGEABLE and state["config"].get(k) != v]
+    if differ:
+        raise BadInput(f"{path}: made with another Config ({'; '.join(differ)}); take another --out, or --resume no")
+    run.say(f"resume: {path}, step {state['step']}")
+    return state
+
+
+def save_checkpoint(path, state):
+    """Written beside, flushed, renamed: what is at `path` is always whole, the old or the new."""
+    part = path.with_name(path.name + ".part")
+    try:
+        with open(part, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:  # a full disk: torch's writer raises RuntimeError
+        part.unlink(missing_ok=True)
+        kept = f"; the last good checkpoint, {path}, is untouched" if path.exists() else ""
+        raise BadInput(f"--out {path.parent}: cannot save ({' '.join(str(error).split())[:120]}){kept}") from error
+
+
+class Log:
+    """OUT/log.jsonl: a header record, then one record per line; also keeps the run folder writable or says so. Opened
+    by a run that resumes at a step, it first drops what was logged after it."""
+
+    def __init__(self, cfg, method, run, step):
+        self.path, self.main, self.records = Path(cfg.out, "log.jsonl"), run.main, []
+        if not self.main:
+            return
+        header = {"method": method, "config": dataclasses.asdict(cfg), "torch": torch.__version__, "torchvision":
+                  torchvision.__version__, "python": platform.python_version(), "commit": commit(), "processes":
+                  run.world, "device": device_name(run.device), "amp": str(run.amp), "compile": run.compile}
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if step and self.path.exists():
+                self.records = [r for r in map(json.loads, self.path.read_text().splitlines())
+                                if "step" not in r or r["step"] <= step]
+            self.records = self.records or [header]
+            part = self.path.with_name("log.jsonl.part")
+            part.write_text("".join(json.dumps(r) + "\n" for r in self.records))
+            part.replace(self.path)
+            self.file = open(self.path, "a", buffering=1)
+        except OSError as error:
+            raise BadInput(f"--out {cfg.out}: cannot be written ({error.strerror})") from error
+
+    def write(self, **record):
+        if self.main:
+            self.records.append(record)
+            self.file.write(json.dumps({k: float(f"{v:.6g}") if isinstance(v, float) else v
+                                        for k, v in record.items()}) + "\n")
+
+    def summary(self, cfg):
+        """k-NN before and after training and of raw pixels, as far as the log has them."""
+        if not self.main:
+            return
+        tests = [r for r in self.records if "rank" in r]
+        names = [k[4:] for k in tests[-1] if k.startswith("knn_")]
+        rows = [("raw pixels", tests[0], "raw_knn_"), ("untrained", tests[0], "knn_"), ("untrained, mean of patches",
+                 tests[0], "mean_knn_"), ("trained", tests[-1], "knn_"), ("trained, mean of patches", tests[-1], "mean_knn_")]
+        if names:
+            print(f"{'k-NN accuracy, %':28}" + "".join(f"{name:>10}" for name in names))
+        for title, record, prefix in rows:
+            if names and prefix + names[0] in record:
+                print(f"{title:28}" + "".join(f"{record[prefix + name]:10.1f}" for name in names))
+        print(f"{cfg.out}: " + " ".join(sorted(p.name for p in Path(cfg.out).iterdir())))
+
+
+def commit():
+    here = Path(__file__).resolve().parent
+    try:
+        return subprocess.run(["git", "-C", here, "describe", "--always", "--dirty"], capture_output=True, text=True,
+                              timeout=5).stdout.strip() or None
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+
+
+def device_name(device):
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpu = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    names = [line.split(":")[1].strip() for line in cpu.splitlines() if line.startswith("model name")]
+    return f"{device.type} ({names[0] if names else platform.processor() or platform.machine()}, {torch.get_num_threads()} threads)"
+
+
+# -- health -----------------------------------------------------------------------------------------------------------
+
+GALLERY, QUERIES = 8192, 2048  # at most so many images on either side of a k-NN test during training
+
+
+def knn_predict(gallery, labels, queries, k=20, temperature=0.07):
+    """Weighted vote of the k nearest by cosine, a chunk of queries at a time -> predicted class of each query."""
+    gallery, classes, k = F.normalize(gallery, dim=1), int(labels.max()) + 1, min(k, len(gallery))
+    predicted = []
+    for chunk in F.normalize(queries, dim=1).split(1024):
+        similarity, ids = (chunk @ gallery.T).topk(k, 1)
+        votes = torch.zeros(len(chunk), classes, device=chunk.device)
+        predicted.append(votes.scatter_add_(1, labels[ids], (similarity / temperature).exp()).argmax(1))
+    return torch.cat(predicted)
+
+
+def effective_rank(features):
+    """exp of the entropy of the normalised singular values: 1 when all features lie on a line, D at the most."""
+    features = features.float() - features.float().mean(0)
+    s = torch.linalg.svdvals(features)
+    if not s.sum() > 1e-6 * len(features) ** 0.5:  # all equal: no direction at all is a collapse too
+        return 1.0
+    p = s / s.sum()
+    return math.exp(-(p * p.clamp(min=1e-12).log()).sum().item())
+
+
+@torch.no_grad()
+def features_of(encode, cfg, run, data, most):
+    """Pooled features [n, D], mean patch features [n, D] and labels of at most `most` images, spread evenly over the
+    set; each process does its share."""
+    ids = torch.linspace(0, len(data) - 1, min(most, len(data))).long()
+    mine = ids[torch.arange(run.rank, len(ids) + run.world - 1 - (len(ids) - 1) % run.world, run.world) % len(ids)]
+    features, labels = [], []
+    for images, names in eval_batches(cfg, run, data, mine):
+        with run.autocast():
+            pooled, patches = encode(images)
+        features.append(torch.stack([pooled.float(), patches.float().mean(1)], 1))
+        labels.append(names)
+    features, labels = torch.cat(features), {k: torch.cat([l[k] for l in labels]).to(run.device) for k in labels[0]}
+    everyone = lambda t: t  # [share, ...] of each process -> [n, ...] in order
+    if run.world > 1:
+        def everyone(t):
+            parts = [torch.empty_like(t) for _ in range(run.world)]
+            dist.all_gather(parts, t.contiguous())
+            return torch.stack(parts, 1).flatten(0, 1)[:len(ids)]
+    return *everyone(features).unbind(1), {k: everyone(y) for k, y in labels.items()}
+
+
+def check_health(encode, cfg, run, train_set, val_set):
+    """Frozen features of the pictures as they are: effective rank and spread of the pooled ones; k-NN accuracy per
+    label in percent, of the pooled ones (`knn_`) and of the mean over patches (`mean_knn_`)."""
+    *galleries, labels = features_of(encode, cfg, run, train_set, GALLERY)
+    scores = {"rank": effective_rank(galleries[0][:QUERIES]), "feature_std": galleries[0].std(0).mean().item()}
+    if val_set is not None and labels:
+        *queries, truth = features_of(encode, cfg, run, val_set, QUERIES)
+        for prefix, known, asked in zip(("knn_", "mean_knn_"), galleries, queries):
+            for name, y in labels.items():
+                right = knn_predict(known, y, asked) == truth[name]
+                scores[prefix + name] = 100 * right.float().mean().item()
+    return scores
+
+
+def raw_pixels(images):
+    """The encoder that everything has to beat: the pixels, at most 32 x 32 of them."""
+    pixels = F.adaptive_avg_pool2d(images, tuple(min(32, s) for s in images.shape[2:])).flatten(1)
+    return pixels, pixels[:, None]
+
+
+def warn_of_trouble(run, scores):
+    if scores["rank"] < 1.5 or scores["feature_std"] < 1e-4:
+        run.say(f"warning: collapse: the pooled features of different images are all but the same (effective rank "
+                f"{scores['rank']:.2f}, spread {scores['feature_std']:.1e})")
+
+
+# -- pictures -----------------------------------------------------------------------------------------------------------
+
+def save_picture(path, columns, least=96):
+    """PNG of images in rows: columns is a list of [n, C, H, W] in 0..1, side by side; small ones are enlarged."""
+    columns = [c.detach().float().cpu() for c in columns]
+    columns = [c[:, :3] if c.shape[1] >= 3 else c[:, :1].expand(-1, 3, -1, -1) for c in columns]
+    zoom = max(1, math.ceil(least / min(columns[0].shape[2:])))
+    tiles = torch.stack(columns, 1).flatten(0, 1).clamp(0, 1)
+    tiles = tiles.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
+    torchvision.utils.save_image(tiles, path, nrow=2 * len(columns), padding=4, pad_value=1.0)

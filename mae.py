@@ -1,0 +1,351 @@
+"""Masked Autoencoders Are Scalable Vision Learners (He et al., arXiv 2111.06377), in one file.
+
+Three quarters of an image's patches are hidden. The encoder sees only the visible quarter, which makes it cheap; a
+small decoder gets its output, with one learned token at every hidden place, and paints the hidden pixels. Nothing else
+is in the loss, so what the encoder knows of an image it knows because the hidden part could not be guessed without it.
+
+  images [B, C, H, W]
+    1. patches [B, N, P]; a random 75 % of them masked                       random_mask          Sec. 3, "Masking"
+    2. visible patches + positions, CLS in front -> latent [B, 1 + V, D]     encode_visible       Sec. 3, "MAE encoder"
+    3. latent and mask tokens + positions -> all patches [B, N, P]           decode               Sec. 3, "MAE decoder"
+    4. mean squared error on the masked patches, each one standardised       pixel_target, loss   Sec. 3, "Target"
+  After training the decoder is thrown away; an image's feature is CLS after the final norm (`encode`).
+
+  python mae.py                                            two minutes on two CPU cores, on pictures drawn by common.py
+  python mae.py --data DIR --img-size 224 --model base     any folder of images
+  torchrun --nproc_per_node 8 mae.py --data imagenet --img-size 224 --model base --batch-size 4096 --epochs 800 \
+      --warmup-epochs 40 --base-lr 1.5e-4 --decoder-dim 512 --decoder-depth 8 --decoder-heads 16 --clip-grad 0
+                                                           the paper's recipe (Table 8); not run at that scale here
+
+Differs from the authors' program: the gradient is clipped at norm 1 unless --clip-grad 0; the last incomplete batch of
+an epoch is not dropped, batches run across the epoch's edge; decoder tokens stand visible first, masked after (order
+is nothing to attention, positions travel with the tokens), which saves the unshuffling. The numbers are the same.
+"""
+
+import dataclasses
+import math
+import time
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from common import (MODELS, BadInput, Block, LayerNorm, Log, PatchEmbed, check_health, denormalise, draw, eval_batches,
+                    find_resume, flag, gather, load_data, main, param_groups, patch_grid, patchify, random_mask,
+                    raw_pixels, resize_positions, restore, save_checkpoint, save_picture, sincos_2d, split_ids, start,
+                    train_batches, unpatchify, warmup_cosine, warn_of_trouble)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Config: the paper's constants; the scale (model, image, batch, epochs) is the quick demo's
+# ---------------------------------------------------------------------------------------------------------------
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    mask_ratio: float = flag(0.75, "share of the patches that is masked (Sec. 4.1)")
+    norm_pix: bool = flag(True, "predict each patch standardised by its own mean and variance (Table 1d)")
+    decoder_dim: int = flag(64, "width of the decoder; the paper's is 512 (Table 1b)")
+    decoder_depth: int = flag(1, "blocks of the decoder; the paper's is 8 (Table 1a)")
+    decoder_heads: int = flag(2, "heads of the decoder; the paper's is 16")
+    crop_scale: tuple[float, ...] = flag((0.2, 1.0), "least and most share of the image in a crop (Table 8)")
+    betas: tuple[float, ...] = flag((0.9, 0.95), "AdamW's averaging (Table 8)")
+
+    data: str = "shapes"
+    data_root: str = "data"
+    img_size: tuple[int, ...] = (32,)
+    patch_size: int = 0
+    in_chans: int = 3
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    model: str = "nano"
+    batch_size: int = 128
+    accum: int = 1
+    epochs: int = 20
+    warmup_epochs: int = 1
+    base_lr: float = 1e-2  # the paper's 1.5e-4 is for ViT-B and 800 epochs
+    weight_decay: float = 0.05
+    clip_grad: float = 1.0
+    workers: int = -1
+    seed: int = 0
+    device: str = "auto"
+    amp: str = "auto"
+    compile: str = "auto"
+    out: str = "runs/mae"
+    resume: str = "auto"
+    save_every: int = 5
+    eval_every: int = 10
+    log_every: int = 20
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Loss
+# ---------------------------------------------------------------------------------------------------------------
+
+def standardise(patches):
+    """Sec. 3, "Reconstruction target": each patch [..., P] minus its mean, over its (unbiased) standard deviation.
+    Returns the mean and deviation too: with them a picture can undo it."""
+    mean, std = patches.mean(-1, keepdim=True), (patches.var(-1, keepdim=True) + 1e-6).sqrt()
+    return (patches - mean) / std, mean, std
+
+
+def pixel_loss(pred, target):
+    """Mean squared error [B, M, P] -> scalar, in float32: computed on the masked patches only (Sec. 3, "MAE decoder")."""
+    return (pred.float() - target).square().mean()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Model
+# ---------------------------------------------------------------------------------------------------------------
+
+class MAE(nn.Module):
+    def __init__(self, img_size=224, patch_size=16, in_chans=3, dim=768, depth=12, heads=12, decoder_dim=512,
+                 decoder_depth=8, decoder_heads=16, mask_ratio=0.75, norm_pix=True):
+        super().__init__()
+        self.grid, self.patch_size, self.norm_pix = patch_grid(img_size, patch_size), patch_size, norm_pix
+        self.num_patches = self.grid[0] * self.grid[1]  # N
+        self.num_visible = int(self.num_patches * (1 - mask_ratio))  # V
+        if not 0 < self.num_visible < self.num_patches:
+            raise BadInput(f"--mask-ratio {mask_ratio} leaves {self.num_visible} of {self.num_patches} patches visible; "
+                           "at least one must be, and one masked")
+        places = [torch.arange(float(n)) for n in self.grid]
+
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.patch_embed = PatchEmbed(patch_size, in_chans, dim)
+        self.register_buffer("pos_embed", F.pad(sincos_2d(dim, *places), (0, 0, 1, 0)))  # [1, 1 + N, D], CLS row zero
+        self.blocks = nn.Sequential(*[Block(dim, heads) for _ in range(depth)])
+        self.norm = LayerNorm(dim)
+
+        self.decoder_embed = nn.Linear(dim, decoder_dim)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_dim))
+        self.register_buffer("decoder_pos_embed", F.pad(sincos_2d(decoder_dim, *places), (0, 0, 1, 0)))
+        self.decoder_blocks = nn.Sequential(*[Block(decoder_dim, decoder_heads) for _ in range(decoder_depth)])
+        self.decoder_norm = LayerNorm(decoder_dim)
+        self.decoder_pred = nn.Linear(decoder_dim, patch_size**2 * in_chans)
+        self.init_weights()
+
+    def init_weights(self):
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.patch_embed.proj.weight.flatten(1))  # seen as the matrix that it is
+        nn.init.zeros_(self.patch_embed.proj.bias)
+        nn.init.normal_(self.cls_token, std=0.02)
+        nn.init.normal_(self.mask_token, std=0.02)
+
+    def encode_visible(self, patches, ids_visible):  # [B, N, P], [B, V] -> [B, 1 + V, D]
+        # Positions go in before the masked patches drop out; here both are dropped first, which is the same and cheaper.
+        x = self.patch_embed(gather(patches, ids_visible)) + gather(self.pos_embed[:, 1:], ids_visible)  # [B, V, D]
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1)
+        return self.norm(self.blocks(x))
+
+    def decode(self, latent, ids_visible, ids_masked):  # [B, 1 + V, D] -> [B, V + M, P], visible places first
+        x, pos = self.decoder_embed(latent), self.decoder_pos_embed[:, 1:]
+        x = torch.cat([x[:, :1], x[:, 1:] + gather(pos, ids_visible), self.mask_token + gather(pos, ids_masked)], 1)
+        return self.decoder_pred(self.decoder_norm(self.decoder_blocks(x)))[:, 1:]
+
+    def forward(self, images, mask=None, num_visible=None):
+        """images [B, C, H, W]; mask bool [B, N], True = masked, the same number in each row; None draws one. A mask
+        handed in is counted, for which a GPU has to wait: say num_visible where that matters. -> loss, logs."""
+        if mask is None:
+            mask = random_mask(torch.rand(len(images), self.num_patches, device=images.device),
+                               self.num_patches - self.num_visible)
+            num_visible = self.num_visible
+        num_visible = num_visible or int((~mask[0]).sum())
+        ids_visible, ids_masked = split_ids(mask, num_visible)
+        patches = patchify(images, self.patch_size)  # [B, N, P]
+        latent = self.encode_visible(patches, ids_visible)  # [B, 1 + V, D]
+        pred = self.decode(latent, ids_visible, ids_masked)[:, num_visible:]  # [B, M, P]
+        target = gather(patches, ids_masked)
+        target = standardise(target)[0] if self.norm_pix else target
+        loss = pixel_loss(pred, target)
+        with torch.no_grad():  # a loss says little alone: the mean predictor's loss is the mark to be under
+            logs = {"loss_of_mean": target.var(unbiased=False), "pred_std": pred.float().std(), "target_std": target.std()}
+        return loss, logs
+
+    def encode(self, images):
+        """images -> pooled [B, D], patches [B, N, D]: nothing masked, after the final norm; pooled is CLS, the paper's
+        token for linear probing. Other image sizes than the training one are fine: positions are resized."""
+        grid = patch_grid(images.shape[2:], self.patch_size)
+        pos = resize_positions(self.pos_embed, self.grid, grid)
+        x = self.patch_embed(patchify(images, self.patch_size)) + pos[:, 1:]
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1)
+        x = self.norm(self.blocks(x))
+        return x[:, 0], x[:, 1:]
+
+    @torch.no_grad()
+    def reconstruct(self, images, mask):
+        """The paper's figure 2: the images with grey in place of masked patches, the decoder's picture of all of them,
+        and the masked ones of it pasted in; each [B, C, H, W], in the images' own units. A standardised prediction has
+        no brightness or contrast of its own: those are the true patch's, which flatters it."""
+        ids_visible, ids_masked = split_ids(mask, int((~mask[0]).sum()))
+        patches = patchify(images, self.patch_size)
+        pred = self.decode(self.encode_visible(patches, ids_visible), ids_visible, ids_masked).float()
+        pred = restore(pred, torch.cat([ids_visible, ids_masked], 1))
+        return paste(images, pred, mask, self.patch_size, self.grid, self.norm_pix)
+
+    @classmethod
+    def from_released(cls, state_dict, **sizes):
+        """A model from the authors' file, a dict of tensors or one with the key `model`; the names are ours. Widths,
+        depths and sizes are read from the tensors (heads cannot be: 64 wide, but huge's 80, decoder 16 unless said)."""
+        state = dict(state_dict.get("model", state_dict))
+        missing = {"cls_token", "pos_embed", "patch_embed.proj.weight", "norm.weight"} - state.keys()
+        if missing:
+            raise BadInput(f"not a released MAE: it has no {', '.join(sorted(missing))}")
+        _, length, dim = state["pos_embed"].shape
+        depth = lambda name: len({k.split(".")[1] for k in state if k.startswith(name + ".")})
+        sizes = {"patch_size": state["patch_embed.proj.weight"].shape[-1], "in_chans": state["patch_embed.proj.weight"].shape[1],
+                 "dim": dim, "depth": depth("blocks"), "heads": 16 if dim == 1280 else max(1, dim // 64)} | sizes
+        sizes.setdefault("img_size", math.isqrt(length - 1) * sizes["patch_size"])
+        full = "decoder_embed.weight" in state
+        if full:
+            sizes = {"decoder_dim": len(state["decoder_embed.weight"]), "decoder_depth": depth("decoder_blocks")} | sizes
+        model = cls(**sizes)
+        if not full:
+            print("from_released: an encoder without its decoder; the decoder is left as it is initialised")
+            state = {k: v for k, v in model.state_dict().items() if k.startswith(("decoder", "mask_token"))} | state
+        try:
+            model.load_state_dict(state, strict=True)
+        except RuntimeError as error:
+            raise BadInput(f"not a released MAE of these sizes: {' '.join(str(error).split())[:300]}") from error
+        return model
+
+
+def paste(images, pred, mask, p, grid, norm_pix):
+    """pred [B, N, P] of all patches -> masked images, predicted images, and images with the prediction at the masked
+    places; with norm_pix the true patches' mean and deviation are put back."""
+    patches = patchify(images, p)
+    if norm_pix:
+        _, mean, std = standardise(patches)
+        pred = pred * std + mean
+    hidden, image = mask[..., None], lambda t: unpatchify(t, p, grid)
+    return image(patches.masked_fill(hidden, 0)), image(pred), image(torch.where(hidden, pred, patches))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Training
+# ---------------------------------------------------------------------------------------------------------------
+
+def build(cfg):
+    dim, depth, heads = MODELS[cfg.model]
+    return MAE(img_size=cfg.img_size, patch_size=cfg.patch_size, in_chans=cfg.in_chans, dim=dim, depth=depth, heads=heads,
+               decoder_dim=cfg.decoder_dim, decoder_depth=cfg.decoder_depth, decoder_heads=cfg.decoder_heads,
+               mask_ratio=cfg.mask_ratio, norm_pix=cfg.norm_pix)
+
+
+def train(cfg):
+    # -- set-up: everything that can be wrong is found out here, before anything is written
+    cfg, run = start(cfg)
+    torch.manual_seed(cfg.seed)
+    model = build(cfg).to(run.device)
+    train_set, val_set = load_data(cfg, run)
+    steps = lambda epochs: max(1, round(epochs * len(train_set) / cfg.batch_size))
+    total, warmup = steps(cfg.epochs), steps(cfg.warmup_epochs) if cfg.warmup_epochs else 0
+    peak_lr = cfg.base_lr * cfg.batch_size / 256
+    optimizer = torch.optim.AdamW(param_groups(model, cfg.weight_decay), lr=peak_lr, betas=cfg.betas,
+                                  fused=run.device.type in ("cpu", "cuda"))
+    scaler = torch.amp.GradScaler(run.device.type, enabled=run.amp is torch.float16)
+
+    first, state = 0, find_resume(cfg, "mae", run)
+    if state:
+        first = state["step"]
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+        torch.set_rng_state(state["rng"])
+        if first >= total:
+            run.say(f"nothing to do: {first} of {total} steps are done; more --epochs goes on, --resume no starts over")
+            return 0
+    log = Log(cfg, "mae", run, first)
+    run.describe(cfg, model, total, peak_lr)
+
+    if run.compile:
+        model.compile()  # in place: the names in a checkpoint stay as they are
+    ddp = DistributedDataParallel(model, device_ids=[run.local_rank] if run.device.type == "cuda" else None,
+                                  gradient_as_bucket_view=True, broadcast_buffers=False) if run.world > 1 else model
+
+    # -- what is looked at along the way: frozen features, and a picture of the same images under the same masks
+    show = next(eval_batches(cfg, run, val_set or train_set, torch.arange(min(8, len(val_set or train_set)))))[0]
+    show_mask = random_mask(draw((len(show), model.num_patches), run.device, "picture", cfg.seed),
+                            model.num_patches - model.num_visible)
+
+    def look(step, **scores):
+        scores |= check_health(model.encode, cfg, run, train_set, val_set)
+        warn_of_trouble(run, scores)
+        log.write(step=step, images=step * cfg.batch_size, **scores)
+        if run.main:
+            columns = [show, *model.reconstruct(show, show_mask)]
+            save_picture(Path(cfg.out, "reconstruction.png"), [denormalise(c, cfg) for c in columns])
+
+    if first == 0:
+        raw = check_health(raw_pixels, cfg, run, train_set, val_set)
+        look(0, **{f"raw_{k}": v for k, v in raw.items() if k.startswith("knn")})
+
+    # -- the loop
+    stream = train_batches(cfg, run, train_set, cfg.crop_scale, first, total)
+    bar = tqdm(total=total * cfg.batch_size, initial=first * cfg.batch_size, unit="img", unit_scale=True,
+               disable=not run.main, smoothing=0.05)
+    clock, waited, bad = time.perf_counter(), 0.0, torch.zeros((), device=run.device)
+    logged = first
+    for step in range(first + 1, total + 1):
+        lr = warmup_cosine(step - 1, total, warmup, peak_lr)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+
+        values = 0
+        for micro in range(cfg.accum):
+            began = time.perf_counter()
+            images = next(stream)  # [m, C, H, W]
+            waited += time.perf_counter() - began
+            noise = draw((cfg.batch_size, model.num_patches), run.device, "mask", cfg.seed, step)
+            mask = random_mask(noise[run.rows(cfg, micro)], model.num_patches - model.num_visible)
+            if run.world > 1:  # gradients travel once, with the last micro-batch
+                ddp.require_backward_grad_sync = micro == cfg.accum - 1
+            with run.autocast():
+                loss, logs = ddp(images, mask, model.num_visible)
+            scaler.scale(loss / cfg.accum).backward()
+            values = values + torch.stack([loss.detach(), *logs.values()]) / cfg.accum
+
+        scaler.unscale_(optimizer)
+        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip_grad or math.inf)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        bad += ~values[0].isfinite()  # counted on the device, so that no step waits for it
+        bar.update(cfg.batch_size)
+
+        save = step % steps(cfg.save_every) == 0 or step == total
+        evaluate = step == total or cfg.eval_every and step % steps(cfg.eval_every) == 0
+        if step % cfg.log_every == 0 or save or evaluate or run.asked_to_stop:
+            # the only wait for the device: one vector, averaged over the processes, which so agree on what it says
+            *values, norm, bad_steps, stop = run.average(torch.stack(
+                [*values, grad_norm, bad, bad.new_tensor(float(run.signal > 0))])).tolist()
+            if bad_steps:
+                run.say(f"error: the loss is not finite since step {step + 1 - math.ceil(bad_steps)} (now lr {lr:.3g}, "
+                        f"gradient norm {norm:.3g}); {Path(cfg.out, 'last.pt')} is the last good checkpoint, untouched")
+                return 1
+            seconds, images_seen = time.perf_counter() - clock, (step - logged) * cfg.batch_size
+            names = ["loss", *logs]
+            log.write(step=step, images=step * cfg.batch_size, lr=lr, **dict(zip(names, values)), grad_norm=norm,
+                      images_per_s=images_seen / seconds, data_wait=waited / seconds)
+            bar.set_postfix(loss=f"{values[0]:.4f}", lr=f"{lr:.2e}")
+            run.warn_if_data_bound(waited / seconds)
+            if evaluate:
+                look(step)
+            if save or stop:
+                run.save(cfg, method="mae", config=dataclasses.asdict(cfg), step=step, model=model.state_dict(),
+                         optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), rng=torch.get_rng_state())
+            if stop:
+                run.say(f"stopped by a signal after step {step}; the same command goes on from here")
+                return 128 + (run.signal or 15)
+            clock, waited, logged = time.perf_counter(), 0.0, step
+    bar.close()
+    log.summary(cfg)
+    return 0
+
+
+if __name__ == "__main__":
+    main(train, Config, __doc__)
