@@ -28,12 +28,16 @@ class BadInput(ValueError):
     """Something the user gave cannot work. `main` shows it as one line and exits with status 2."""
 
 
+class BadHere(BadInput):
+    """The same, found by one process alone, which therefore has to say it itself."""
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # 1. ViT
 # ---------------------------------------------------------------------------------------------------------------
 
 MODELS = {  # width D, depth, heads; nano is ours, for two CPU cores
-    "nano": (128, 6, 4), "tiny": (192, 12, 3), "small": (384, 12, 6),
+    "nano": (96, 4, 3), "tiny": (192, 12, 3), "small": (384, 12, 6),
     "base": (768, 12, 12), "large": (1024, 24, 16), "huge": (1280, 32, 16),
 }
 LayerNorm = functools.partial(nn.LayerNorm, eps=1e-6)
@@ -255,7 +259,7 @@ def render_shapes(seed, index, img_size, in_chans=3):
     angle, octave, phase, amount = spread(rand("waves", 4, 3)).unbind(1)  # each [n, 3, 1, 1]
     angle, freq = math.pi * angle, 2 * math.pi * 2 ** (1.5 * octave)
     waves = amount * (freq * (x * angle.cos() + y * angle.sin()) + 2 * math.pi * phase).sin()  # [n, 3, H, W]
-    texture = (0.5 + 0.35 * waves.sum(1, keepdim=True)).clamp(0, 1)
+    texture = (0.5 + 0.3 * waves.sum(1, keepdim=True)).clamp(0, 1)
     one, two = spread(0.1 + 0.8 * rand("wall", 2, in_chans)).unbind(1)  # [n, C, 1, 1]
     canvas = one * texture + two * (1 - texture)  # [n, C, H, W]
     horizon = spread(0.25 + 0.15 * rand("horizon", 1))
@@ -269,9 +273,9 @@ def render_shapes(seed, index, img_size, in_chans=3):
     near = 1 / (1 + torch.tensor([0.25] * (K - 1) + [0.13]) * depth)  # perspective; 0 for an object that is not there
     kind, tint = (len(SHAPES) * rand("kind", K)).long(), 0.1 + 0.9 * rand("tint", K, in_chans)
     corners, inner, hole, size, along, across = torch.tensor(list(SHAPES.values()))[kind].unbind(2)  # each [n, K]
-    radius = 0.42 * short * size * near
+    radius = 0.44 * short * size * near
     centre_x = width * (0.1 + 0.8 * rand("x", K))
-    centre_y = height * (0.15 + 0.5 * near + 0.25 * (rand("y", K) - 0.5))
+    centre_y = height * (0.15 + (0.5 + 0.35 * (rand("y", K) - 0.5)) * near)
     turn, light = 2 * math.pi * rand("turn", K), spread(2 * math.pi * rand("light"))
     kind_map = torch.zeros(n, height, width, dtype=torch.uint8)
     for k in range(K):  # one object of every picture at once
@@ -507,9 +511,9 @@ def resample_matrix(start, length, n_in, n_out):
     start, step = start[:, None, None], (length / n_out)[:, None, None]  # step: input pixels per output pixel
     at = torch.arange(n_in, device=start.device) + 0.5
     centre = start + (torch.arange(n_out, device=start.device)[:, None] + 0.5) * step
-    x = ((at - centre) / step.clamp(min=1)).abs()
-    weight = torch.where(x < 1, (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2).masked_fill(x >= 2, 0)
-    weight = weight.masked_fill((at < start) | (at > start + length[:, None, None]), 0)
+    x = ((at - centre) / step.clamp(min=1)).abs_().clamp_(max=2)  # the kernel is 0 from 2 on
+    x.masked_fill_((at < start) | (at > start + length[:, None, None]), 2)
+    weight = torch.where(x < 1, (1.5 * x - 2.5).mul_(x).mul_(x).add_(1), (2.5 - 0.5 * x).mul_(x).sub_(4).mul_(x).add_(2))
     return weight / weight.sum(-1, keepdim=True)
 
 
@@ -621,7 +625,11 @@ def eval_batches(cfg, run, data, ids, size=256):
 
 
 def read_batches(crops, items, cfg, run):
-    workers = cfg.workers if cfg.workers >= 0 else max(1, min(8, (os.cpu_count() or 1) // run.local_world))
+    """Images decoded by worker processes, a batch per list of `items`, in the order of the lists."""
+    cores, on_cpu = max(1, (os.cpu_count() or 1) // run.local_world), run.device.type == "cpu"
+    workers = cfg.workers if cfg.workers >= 0 else max(1, min(8, cores // (4 if on_cpu else 1)))
+    if on_cpu and workers:  # threads that spin for cores which the workers hold would slow a step down tenfold
+        torch.set_num_threads(min(torch.get_num_threads(), max(1, cores - workers)))
     loader = torch.utils.data.DataLoader(crops, batch_sampler=items, num_workers=workers, collate_fn=Crops.collate,
                                          worker_init_fn=worker_signals, pin_memory=run.device.type == "cuda", prefetch_factor=4 if workers else None)
     return iter(loader)
@@ -727,7 +735,7 @@ def main(train, Config, doc):
     try:
         status = train(parse_args(Config, doc))
     except BadInput as error:
-        if os.environ.get("RANK", "0") == "0":
+        if os.environ.get("RANK", "0") == "0" or isinstance(error, BadHere):
             print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         status = 2
     finally:
@@ -808,7 +816,7 @@ class Run:
                 self.broken[i] = data.name(i)
                 tqdm.write(f"warning: cannot read {data.name(i)}; the next readable image takes its place")
         if len(self.broken) > max(1, len(data) // 100):
-            raise BadInput(f"--data: {len(self.broken)} of {len(data)} images cannot be read, more than 1 %: "
+            raise BadHere(f"--data: {len(self.broken)} of {len(data)} images cannot be read, more than 1 %: "
                            + ", ".join(list(self.broken.values())[:3]))
 
 
@@ -848,7 +856,8 @@ def start(cfg):
     run = Run(device, amp, compiled, rank, world, local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    torch.set_float32_matmul_precision("high")  # TF32 on CUDA where autocast does not reach
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32 where autocast does not reach
 
     asked = [math.inf]
 
