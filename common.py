@@ -21,6 +21,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
+import torchvision.transforms.v2.functional as TF
 from tqdm import tqdm
 
 
@@ -343,7 +344,7 @@ class Named:
 
     def read(self, i):
         image, label = self.data[i]
-        return match_channels(torchvision.transforms.functional.pil_to_tensor(image), self.chans), int(label)
+        return match_channels(TF.pil_to_tensor(image), self.chans), int(label)
 
 
 NAMED = {  # name: (torchvision's class, options of the training set, of the test set, small enough to be held decoded)
@@ -461,7 +462,7 @@ def match_channels(image, chans):
     if have in (2, 4):  # the last one is alpha
         return match_channels(image[:-1], chans)
     if chans == 1 and have == 3:
-        return torchvision.transforms.functional.rgb_to_grayscale(image)
+        return TF.rgb_to_grayscale(image)
     if have == 1 and chans <= 4:
         return image.expand(min(chans, 3), -1, -1) if chans != 4 else match_channels(image.expand(3, -1, -1), 4)
     if have == 3 and chans == 4:
@@ -483,7 +484,7 @@ def read_image(path, chans):
         return match_channels(torchvision.io.decode_jpeg(data, torchvision.io.ImageReadMode[mode],
                                                          apply_exif_orientation=True), chans)
     with torchvision.datasets.folder.default_loader(path) as image:
-        return match_channels(torchvision.transforms.functional.pil_to_tensor(image), chans)
+        return match_channels(TF.pil_to_tensor(image), chans)
 
 
 # -- crops ----------------------------------------------------------------------------------------------------------
@@ -560,7 +561,7 @@ class Crops(torch.utils.data.Dataset):
     def __getitem__(self, item):
         index, place = item
         broken = []
-        for i in range(index, index + 100):
+        for i in range(index, index + len(self.data) // 100 + 2):  # when all of these are broken, the run stops anyway
             i %= len(self.data)
             try:
                 image, label = self.data.read(i)
@@ -576,8 +577,7 @@ class Crops(torch.utils.data.Dataset):
             box, flip = boxes[0].int().tolist(), bool(flips)
         top, left, h, w = box
         image = image[:, top:top + h, left:left + w]
-        image = torchvision.transforms.v2.functional.resize(image, self.size, antialias=True,
-                    interpolation=torchvision.transforms.InterpolationMode.BICUBIC)
+        image = TF.resize(image, self.size, interpolation=TF.InterpolationMode.BICUBIC, antialias=True)
         return image.flip(2) if flip else image, label, broken
 
     @staticmethod
@@ -669,6 +669,7 @@ SHARED = {  # the flags that all five methods have: group, help, choices
     "in_chans": ("data", "channels; above 4 a folder holds .npy files, uint8 [H, W, C]"),
     "mean": ("data", "per channel, of 0..1; default ImageNet's for 3 channels, else 0.5"),
     "std": ("data", "per channel; default ImageNet's for 3 channels, else 0.25"),
+    "crop_scale": ("data", "least and most share of the image in a training crop"),
     "workers": ("data", "processes that decode images, for folders; -1 chooses, 0 is none"),
     "model": ("model", "size of the encoder", tuple(MODELS)),
     "patch_size": ("model", "side of a patch; 0 chooses by image: 4 below 48 pixels, 8 below 160, else 16"),
@@ -677,6 +678,7 @@ SHARED = {  # the flags that all five methods have: group, help, choices
     "epochs": ("training", "passes over the training set"),
     "warmup_epochs": ("training", "passes until the rate has risen to its peak"),
     "base_lr": ("training", "rate per 256 images: the rate used is base_lr * batch_size / 256"),
+    "betas": ("training", "AdamW's averaging of gradients and of their squares"),
     "weight_decay": ("training", "AdamW's decay of matrices; biases and norms have none"),
     "clip_grad": ("training", "largest gradient norm; 0 is no limit"),
     "seed": ("training", "all randomness follows from it"),
@@ -693,9 +695,13 @@ CHANGEABLE = {"epochs", "accum", "workers", "device", "amp", "compile", "data_ro
               "eval_every", "log_every"}  # what a resumed run may have otherwise: its length and how it is run
 
 
-def flag(default, help, choices=None):
-    """A method's own Config field, with its line of help."""
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+LEAST = {"in_chans": 1, "batch_size": 1, "accum": 1, "log_every": 1, "save_every": 1, "eval_every": 0, "epochs": 1,
+         "warmup_epochs": 0, "base_lr": 0, "weight_decay": 0, "clip_grad": 0, "workers": -1, "patch_size": 0, "seed": 0}
+
+
+def flag(default, help, choices=None, least=None):
+    """A method's own Config field, with its line of help and its least value."""
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "least": least})
 
 
 class Parser(argparse.ArgumentParser):
@@ -764,9 +770,10 @@ class Run:
     def main(self):
         return self.rank == 0
 
-    def say(self, text):
+    def say(self, text, file=None):
         if self.main:
-            tqdm.write(text)
+            tqdm.write(text, file=file or sys.stdout)
+            (file or sys.stdout).flush()
 
     def barrier(self):
         if self.world > 1:
@@ -815,7 +822,7 @@ class Run:
             if i not in self.broken:
                 self.broken[i] = data.name(i)
                 tqdm.write(f"warning: cannot read {data.name(i)}; the next readable image takes its place")
-        if len(self.broken) > max(1, len(data) // 100):
+        if len(self.broken) > max(1, len(data) // 100) or len(self.broken) == len(data):
             raise BadHere(f"--data: {len(self.broken)} of {len(data)} images cannot be read, more than 1 %: "
                            + ", ".join(list(self.broken.values())[:3]))
 
@@ -823,11 +830,15 @@ class Run:
 def start(cfg):
     """Checks the flags, joins the processes, chooses device and precision. Returns the Config with its open values
     (patch size, mean, std) filled in, and the Run."""
-    for name, least in {"in_chans": 1, "batch_size": 1, "accum": 1, "log_every": 1, "save_every": 1, "eval_every": 0,
-                        "epochs": 1, "warmup_epochs": 0, "base_lr": 0, "weight_decay": 0, "clip_grad": 0,
-                        "workers": -1, "patch_size": 0, "seed": 0}.items():
-        if not getattr(cfg, name) >= least:
-            raise BadInput(f"--{name.replace('_', '-')} {getattr(cfg, name)} is less than {least}")
+    own = {field.name: field.metadata["least"] for field in dataclasses.fields(cfg) if field.metadata}
+    for name, least in (own | LEAST).items():
+        value = getattr(cfg, name)
+        if least is not None and not least <= value < (2**63 if isinstance(value, int) else math.inf):  # nan is neither
+            raise BadInput(f"--{name.replace('_', '-')} {value} is not a number from {least} up")
+    if not (len(cfg.crop_scale) == 2 and 0 < cfg.crop_scale[0] <= cfg.crop_scale[1] <= 1):
+        raise BadInput(f"--crop-scale takes two shares, 0 < least <= most <= 1, not {' '.join(map(str, cfg.crop_scale))}")
+    if not (len(cfg.betas) == 2 and all(0 <= b < 1 for b in cfg.betas)):
+        raise BadInput(f"--betas takes two numbers from 0 to below 1, not {' '.join(map(str, cfg.betas))}")
     if len(cfg.img_size) > 2 or min(cfg.img_size) < 1:
         raise BadInput(f"--img-size takes one or two positive numbers, not {' '.join(map(str, cfg.img_size))}")
     size = max(pair(cfg.img_size))
@@ -982,8 +993,8 @@ class Log:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if step and self.path.exists():
-                self.records = [r for r in map(json.loads, self.path.read_text().splitlines())
-                                if "step" not in r or r["step"] <= step]
+                whole = [line for line in self.path.read_text().splitlines() if line.endswith("}")]  # the last may be torn
+                self.records = [r for r in map(json.loads, whole) if "step" not in r or r["step"] <= step]
             self.records = self.records or [header]
             part = self.path.with_name("log.jsonl.part")
             part.write_text("".join(json.dumps(r) + "\n" for r in self.records))

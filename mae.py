@@ -48,11 +48,11 @@ from common import (MODELS, BadInput, Block, LayerNorm, Log, PatchEmbed, check_h
 class Config:
     mask_ratio: float = flag(0.75, "share of the patches that is masked (Sec. 4.1)")
     norm_pix: bool = flag(True, "predict each patch standardised by its own mean and variance (Table 1d)")
-    decoder_dim: int = flag(64, "width of the decoder; the paper's is 512 (Table 1b)")
-    decoder_depth: int = flag(1, "blocks of the decoder; the paper's is 8 (Table 1a)")
-    decoder_heads: int = flag(2, "heads of the decoder; the paper's is 16")
-    crop_scale: tuple[float, ...] = flag((0.2, 1.0), "least and most share of the image in a crop (Table 8)")
-    betas: tuple[float, ...] = flag((0.9, 0.95), "AdamW's averaging (Table 8)")
+    decoder_dim: int = flag(64, "width of the decoder; the paper's is 512 (Table 1b)", least=1)
+    decoder_depth: int = flag(1, "blocks of the decoder; the paper's is 8 (Table 1a)", least=1)
+    decoder_heads: int = flag(2, "heads of the decoder; the paper's is 16", least=1)
+    crop_scale: tuple[float, ...] = (0.2, 1.0)  # Table 8
+    betas: tuple[float, ...] = (0.9, 0.95)
 
     data: str = "shapes"
     data_root: str = "data"
@@ -107,7 +107,7 @@ class MAE(nn.Module):
         super().__init__()
         self.grid, self.patch_size, self.norm_pix = patch_grid(img_size, patch_size), patch_size, norm_pix
         self.num_patches = self.grid[0] * self.grid[1]  # N
-        self.num_visible = int(self.num_patches * (1 - mask_ratio))  # V
+        self.num_visible = int(self.num_patches * (1 - mask_ratio)) if 0 < mask_ratio < 1 else 0  # V
         if not 0 < self.num_visible < self.num_patches:
             raise BadInput(f"--mask-ratio {mask_ratio} leaves {self.num_visible} of {self.num_patches} patches visible; "
                            "at least one must be, and one masked")
@@ -327,7 +327,7 @@ def train(cfg):
                 [*values, grad_norm, bad, bad.new_tensor(float(run.signal > 0))])).tolist()
             if bad_steps:
                 run.say(f"error: the loss is not finite since step {step + 1 - math.ceil(bad_steps)} (now lr {lr:.3g}, "
-                        f"gradient norm {norm:.3g}); {Path(cfg.out, 'last.pt')} is the last good checkpoint, untouched")
+                        f"gradient norm {norm:.3g}); {Path(cfg.out, 'last.pt')} is the last good checkpoint, untouched", sys.stderr)
                 return 1
             seconds, images_seen = time.perf_counter() - clock, (step - logged) * cfg.batch_size
             names = ["loss", *logs]

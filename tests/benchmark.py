@@ -1,7 +1,7 @@
 """How fast is it here: images per second, milliseconds per step, peak memory and share of the time spent waiting for data.
 
   python tests/benchmark.py                          every method at the demo's size, each in the settings that apply
-  python tests/benchmark.py --model small --img-size 224 --batch-size 16 --seconds 20
+  python tests/benchmark.py --model small --img-size 224 --batch-size 16 --steps 15
 
 A whole training step is timed: batch, mask, forward, backward, clipping, AdamW. The settings take turns, three rounds of
 each, and the median counts: on a noisy machine only ratios within one run mean anything. Never run inside a test.

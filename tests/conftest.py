@@ -1,0 +1,92 @@
+"""What the test files share: paths, a toy size at which a run is two steps, and how to start the program."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+FIXTURES, DATA = ROOT.parent / "shared" / "fixtures", ROOT.parent / "shared" / "data"
+sys.path.insert(0, str(ROOT))
+
+import pytest
+import torch
+from torchvision.transforms.functional import to_pil_image
+
+import common
+import mae
+
+torch.set_num_threads(1)  # at this size threads cost more than they bring
+
+TOY = (32, 2, 2)  # width, depth, heads of an encoder that only tests have
+TINY = ("--data shapes:64 --batch-size 32 --epochs 1 --patch-size 8 --decoder-dim 16 --decoder-heads 2 "
+        "--decoder-depth 1 --workers 0 --amp off --compile off --device cpu").split()
+
+
+def tiny(out, **changes):
+    """TINY as a Config, with the toy encoder: `train` of it takes a fraction of a second."""
+    small = dict(model="toy", log_every=1, eval_every=0, save_every=100, out=str(out))
+    return dataclasses.replace(common.parse_args(mae.Config, argv=TINY), **small | changes)
+
+
+def filled(cfg):
+    """A Config with the open values filled in as `start` does it, for the pieces that want one."""
+    return dataclasses.replace(cfg, mean=(0.5,) * cfg.in_chans, std=(0.25,) * cfg.in_chans)
+
+
+def one_process(**changes):
+    return common.Run(torch.device("cpu"), None, False, **changes)
+
+
+def records(out):
+    return [json.loads(line) for line in Path(out, "log.jsonl").read_text().splitlines()]
+
+
+def losses(out):
+    return [r["loss"] for r in records(out) if "loss" in r]
+
+
+def noise_image(seed, chans=3, height=40, width=36):
+    """A smooth uint8 picture [C, H, W], each seed another."""
+    coarse = torch.rand(1, chans, 5, 5, generator=torch.Generator().manual_seed(seed))
+    return (torch.nn.functional.interpolate(coarse, (height, width), mode="bilinear")[0] * 255).byte()
+
+
+def write_images(folder, count, first=0):
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(first, first + count):
+        to_pil_image(noise_image(i)).save(folder / f"{i:03}.png")
+    return folder
+
+
+def launch(args, nproc=1, program="mae.py"):
+    """The command line of a run in one process, or in several."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(nproc)]
+    return [sys.executable, *torchrun * (nproc > 1), str(ROOT / program), *map(str, args)]
+
+
+def environment(**env):
+    return os.environ | {"OMP_NUM_THREADS": "1"} | env
+
+
+def run_program(args, cwd=ROOT, env=None, nproc=1, program="mae.py", timeout=240):
+    """The real program, to its end."""
+    return subprocess.run(launch(args, nproc, program), cwd=cwd, env=environment(**(env or {})),
+                          capture_output=True, text=True, timeout=timeout)
+
+
+@pytest.fixture(autouse=True)
+def restored(monkeypatch):
+    """`train` installs signal handlers and seeds torch: undone after each test. Adds the toy encoder."""
+    monkeypatch.setitem(common.MODELS, "toy", TOY)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    state, precision = torch.get_rng_state(), torch.get_float32_matmul_precision()
+    torch.manual_seed(0)
+    yield
+    torch.set_rng_state(state)
+    torch.set_float32_matmul_precision(precision)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)

@@ -1,0 +1,384 @@
+"""Whole runs of `train`, in this process, two to twenty steps long, with an encoder that only tests have."""
+
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torchvision.transforms.functional import to_pil_image
+
+import common
+import mae
+from common import BadInput, main, read_checkpoint
+from conftest import losses, noise_image, records, tiny, write_images
+
+
+def trained(cfg):
+    assert mae.train(cfg) == 0
+    return read_checkpoint(f"{cfg.out}/last.pt")
+
+
+def changed_stream(monkeypatch, change):
+    """Every batch of a run goes through change(images, number), number from 1."""
+    real = mae.train_batches
+
+    def stream(*args):
+        for number, images in enumerate(real(*args), 1):
+            yield change(images, number)
+    monkeypatch.setattr(mae, "train_batches", stream)
+
+
+def same(a, b, path=""):
+    """Two nested states are equal bit for bit."""
+    assert type(a) is type(b), path
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), path
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), path
+        for key in a:
+            same(a[key], b[key], f"{path}.{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), path
+        for i, pair in enumerate(zip(a, b)):
+            same(*pair, f"{path}.{i}")
+    else:
+        assert a == b, path
+
+
+# -- resume ---------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("accum, stop, number", [
+    (1, 10, signal.SIGTERM), (1, 9, signal.SIGINT), (2, 10, signal.SIGTERM), (2, 7, signal.SIGTERM)])
+def test_resume_is_exact(tmp_path, monkeypatch, capsys, accum, stop, number):
+    """80 images, 32 a step: an epoch is 2.5 steps; step 10 is an epoch's edge, 7 and 9 the middle of one."""
+    sizes = dict(data="shapes:80", epochs=8, warmup_epochs=2, accum=accum)
+    whole = trained(tiny(tmp_path / "whole", **sizes))
+    assert whole["step"] == 20
+
+    def interrupt(images, micro):
+        if micro == (stop - 1) * accum + 1:  # with accumulation, in the middle of the step
+            os.kill(os.getpid(), number)
+        return images
+    with monkeypatch.context() as patch:
+        changed_stream(patch, interrupt)
+        assert mae.train(tiny(tmp_path / "parts", **sizes)) == 128 + number
+    assert read_checkpoint(tmp_path / "parts" / "last.pt")["step"] == stop
+    torch.manual_seed(12345)  # another process would start from another state
+    parts = trained(tiny(tmp_path / "parts", **sizes))
+    assert f"resume: {tmp_path / 'parts' / 'last.pt'}, step {stop}" in capsys.readouterr().out
+
+    whole["config"].pop("out"), parts["config"].pop("out")
+    same(whole, parts)
+    timed = {"images_per_s", "data_wait"}
+    first, second = ([{k: v for k, v in r.items() if k not in timed} for r in records(tmp_path / name)[1:]]
+                     for name in ("whole", "parts"))
+    assert first == second
+
+
+def test_resume_drops_what_was_logged_after_the_checkpoint(tmp_path):
+    """A run that was killed, not stopped: its log is ahead of its checkpoint."""
+    cfg = tiny(tmp_path, epochs=4)
+    trained(cfg)
+    with open(tmp_path / "log.jsonl", "a") as file:
+        file.write(json.dumps({"step": 9, "loss": 1.0}) + "\n")
+    trained(tiny(tmp_path, epochs=6))
+    steps = [r["step"] for r in records(tmp_path) if "loss" in r]
+    assert steps == list(range(1, 13)) and "method" in records(tmp_path)[0]
+
+
+def test_resume_after_a_torn_last_log_line(tmp_path):
+    """A power cut leaves half a line; the run goes on all the same."""
+    trained(tiny(tmp_path))
+    with open(tmp_path / "log.jsonl", "a") as file:
+        file.write('{"step": 3, "lo')
+    trained(tiny(tmp_path, epochs=2))
+    assert [r["step"] for r in records(tmp_path) if "loss" in r] == [1, 2, 3, 4]
+
+
+def test_resume_with_another_config_names_the_fields(tmp_path):
+    trained(tiny(tmp_path))
+    before = (tmp_path / "last.pt").read_bytes()
+    with pytest.raises(BadInput) as error:
+        mae.train(tiny(tmp_path, mask_ratio=0.5, seed=3, epochs=2))
+    for text in ("--mask-ratio 0.75", "0.5", "--seed", "last.pt", "--resume no"):
+        assert text in str(error.value)
+    assert "--epochs" not in str(error.value) and (tmp_path / "last.pt").read_bytes() == before
+    # run length and run-time flags may change
+    assert trained(tiny(tmp_path, epochs=2, log_every=2, accum=2))["step"] == 4
+
+
+def test_nothing_left_to_do_and_starting_over(tmp_path, capsys):
+    trained(tiny(tmp_path))
+    first = losses(tmp_path)
+    assert mae.train(tiny(tmp_path)) == 0
+    assert "nothing to do" in capsys.readouterr().out and losses(tmp_path) == first
+    trained(tiny(tmp_path, resume="no", seed=1))
+    assert len(losses(tmp_path)) == 2 and losses(tmp_path) != first
+    trained(tiny(tmp_path / "other", resume=str(tmp_path / "last.pt"), seed=1, epochs=2))  # from a named file
+    assert [r["step"] for r in records(tmp_path / "other") if "loss" in r] == [3, 4]
+
+
+@pytest.mark.parametrize("change, text", [(lambda s: s | {"method": "capi"}, "of capi, not of mae"),
+                                          (lambda s: s["model"], "not a checkpoint of this repository")])
+def test_resume_refuses_what_is_not_its_own(tmp_path, change, text):
+    torch.save(change(trained(tiny(tmp_path))), tmp_path / "last.pt")
+    with pytest.raises(BadInput, match=text):
+        mae.train(tiny(tmp_path))
+
+
+# -- what a run leaves ----------------------------------------------------------------------------------
+
+def test_log_and_run_folder(tmp_path, capsys):
+    cfg = tiny(tmp_path, epochs=3, eval_every=1)
+    state = trained(cfg)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["last.pt", "log.jsonl", "reconstruction.png"]
+    header, *lines = records(tmp_path)
+    assert {"method", "config", "torch", "torchvision", "python", "commit", "processes", "device",
+            "amp"} <= header.keys()
+    assert header["method"] == "mae" and header["torch"] == torch.__version__
+    assert len(header["config"]["mean"]) == 3  # as used, open values filled in
+    steps = [r for r in lines if "loss" in r]
+    assert [r["step"] for r in steps] == [1, 2, 3, 4, 5, 6]
+    for r in steps:
+        assert {"images", "lr", "loss_of_mean", "pred_std", "target_std", "grad_norm", "images_per_s",
+                "data_wait"} <= r.keys()
+        assert r["images"] == 32 * r["step"] and 0 <= r["data_wait"] <= 1 and r["images_per_s"] > 0
+        assert r["loss_of_mean"] == pytest.approx(1, rel=0.02)  # standardised targets
+    assert steps[0]["lr"] == 0 and steps[2]["lr"] == pytest.approx(cfg.base_lr * 32 / 256)
+    tests = [r for r in lines if "rank" in r]
+    assert [r["step"] for r in tests] == [0, 2, 4, 6]
+    assert all({"knn_kind", "knn_count", "knn_distance", "feature_std"} <= r.keys() for r in tests)
+    assert {"raw_knn_kind", "raw_knn_count", "raw_knn_distance"} <= tests[0].keys()
+    out = capsys.readouterr().out
+    for text in ("raw pixels", "untrained", "trained", "kind", "count", "distance", "base lr"):
+        assert text in out
+
+    assert {"method", "config", "step", "model", "optimizer", "scaler", "rng"} <= state.keys()
+    assert state["model"].keys() == mae.build(common.start(cfg)[0]).state_dict().keys()
+    assert not [k for k in state["model"] if k.startswith(("module.", "_orig_mod."))]
+    picture = common.read_image(str(tmp_path / "reconstruction.png"), 3)
+    assert picture.float().std() > 10 and min(picture.shape[1:]) > 100
+
+
+def test_a_run_learns(tmp_path):
+    """The least that training has to do: be under the loss of a mean predictor."""
+    trained(tiny(tmp_path, data="shapes:256", epochs=15, log_every=10))
+    assert losses(tmp_path)[-1] < 0.93 < 0.97 < losses(tmp_path)[0]
+
+
+def test_the_seed_is_all_that_randomness_depends_on(tmp_path):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        torch.manual_seed(hash(name))
+        trained(tiny(tmp_path / name, seed=seed))
+    assert losses(tmp_path / "a") == losses(tmp_path / "b") != losses(tmp_path / "c")
+
+
+def test_accumulation_changes_nothing(tmp_path):
+    trained(tiny(tmp_path / "1", epochs=2))
+    trained(tiny(tmp_path / "4", epochs=2, accum=4))
+    assert losses(tmp_path / "1") == pytest.approx(losses(tmp_path / "4"), rel=1e-5)
+
+
+# -- what goes wrong on the way -------------------------------------------------------------------------
+
+@pytest.mark.parametrize("log_every", [1, 2])
+def test_a_loss_that_is_not_finite(tmp_path, monkeypatch, capsys, log_every):
+    def poison(images, step):
+        if step == 3:
+            images[0, 0, 0] = math.inf
+        return images
+    changed_stream(monkeypatch, poison)
+    cfg = tiny(tmp_path, epochs=4, save_every=1, log_every=log_every)  # saves at steps 2, 4, ...
+    assert mae.train(cfg) == 1
+    out = capsys.readouterr().err
+    assert "not finite since step 3 " in out and "lr" in out and "gradient norm" in out and "last.pt" in out
+    state = read_checkpoint(tmp_path / "last.pt")
+    assert state["step"] == 2 and all(t.isfinite().all() for t in state["model"].values())
+
+
+def test_a_disk_that_fills_up(tmp_path, monkeypatch):
+    trained(tiny(tmp_path))
+    before = (tmp_path / "last.pt").read_bytes()
+
+    def full(state, file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(BadInput, match="--out.*No space left.*untouched"):
+        mae.train(tiny(tmp_path, epochs=2))
+    assert (tmp_path / "last.pt").read_bytes() == before and not list(tmp_path.glob("*.part"))
+
+
+def test_waiting_for_data_is_named_once(tmp_path, monkeypatch, capsys):
+    """A clock that only the test moves: a step computes for 10 seconds and waits `cost` for its batch."""
+    clock, real_loss = [0.0], mae.pixel_loss
+
+    def compute(*args):
+        clock[0] += 10
+        return real_loss(*args)
+    monkeypatch.setattr(mae, "pixel_loss", compute)
+    monkeypatch.setattr(mae, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    for cost, warnings in ((2, 0), (30, 1)):
+        def wait(images, _, cost=cost):
+            clock[0] += cost
+            return images
+        with monkeypatch.context() as patch:
+            changed_stream(patch, wait)
+            trained(tiny(tmp_path / str(cost), epochs=3))
+        assert capsys.readouterr().out.count("warning: data-bound") == warnings
+        assert all(r["data_wait"] == pytest.approx(cost / (cost + 10), rel=1e-4)
+                   for r in records(tmp_path / str(cost)) if "loss" in r)
+
+
+# -- precision and compilation --------------------------------------------------------------------------
+
+def test_bf16_is_close_to_fp32(tmp_path):
+    trained(tiny(tmp_path / "off", epochs=5))
+    trained(tiny(tmp_path / "bf16", epochs=5, amp="bf16"))
+    full, half = losses(tmp_path / "off"), losses(tmp_path / "bf16")
+    assert half == pytest.approx(full, rel=0.02) and half != full
+    assert records(tmp_path / "bf16")[0]["amp"] == "torch.bfloat16"
+
+
+@pytest.mark.skipif(not (os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")),
+                    reason="torch.compile needs a C++ compiler on the CPU")
+def test_compiled_is_close_to_eager(tmp_path, monkeypatch):
+    monkeypatch.setitem(common.MODELS, "toy", (32, 1, 2))  # every block costs seconds to compile
+    eager = trained(tiny(tmp_path / "off"))
+    compiled = trained(tiny(tmp_path / "on", compile="on"))
+    assert losses(tmp_path / "on") == pytest.approx(losses(tmp_path / "off"), rel=1e-4)
+    assert compiled["model"].keys() == eager["model"].keys()
+    assert records(tmp_path / "on")[0]["compile"] is True
+    trained(tiny(tmp_path / "on", epochs=2))  # and an uncompiled run goes on from it
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="only a GPU can be waited for: needs CUDA")
+@pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
+def test_no_step_waits_for_the_gpu(tmp_path, monkeypatch, amp):
+    """Between two log lines nothing reads from the device: torch raises an error where something does."""
+    def guard(images, step):
+        torch.cuda.set_sync_debug_mode({3: "error", 9: "default"}.get(step, torch.cuda.get_sync_debug_mode()))
+        return images
+    changed_stream(monkeypatch, guard)
+    try:
+        trained(tiny(tmp_path, device="cuda", amp=amp, epochs=5, log_every=10))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+# -- sizes and data -------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("img_size, patch_size, chans, grid", [
+    ((16,), 8, 3, (2, 2)), ((32,), 8, 3, (4, 4)), ((32,), 4, 3, (8, 8)), ((64, 96), 8, 1, (8, 12)),
+    ((48,), 8, 12, (6, 6))])
+def test_sizes_train(tmp_path, img_size, patch_size, chans, grid):
+    state = trained(tiny(tmp_path, img_size=img_size, patch_size=patch_size, in_chans=chans, data="shapes:16",
+                         batch_size=8))
+    assert state["step"] == 2 and all(math.isfinite(loss) for loss in losses(tmp_path))
+    assert state["model"]["pos_embed"].shape == (1, 1 + grid[0] * grid[1], 32)
+    assert state["model"]["decoder_pred.weight"].shape[0] == patch_size**2 * chans
+
+
+def mixed_folder(folder):
+    folder.mkdir()
+    to_pil_image(noise_image(0)).save(folder / "colour.png")
+    to_pil_image(noise_image(1, chans=1)).save(folder / "grey.jpg")
+    to_pil_image(noise_image(2, chans=4)).save(folder / "alpha.png")
+    (folder / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nbut no more than that")
+    return folder
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_flat_folder_with_a_broken_file(tmp_path, capsys, workers):
+    folder = mixed_folder(tmp_path / "images")
+    state = trained(tiny(tmp_path / "run", data=str(folder), batch_size=4, epochs=2, workers=workers))
+    out = capsys.readouterr().out
+    assert state["step"] == 2 and out.count("cannot read") == 1 and str(folder / "broken.png") in out
+    assert "no labels" in out and not any("knn_class" in r for r in records(tmp_path / "run"))
+    assert any("rank" in r for r in records(tmp_path / "run"))
+
+
+def test_workers_change_nothing(tmp_path):
+    folder = write_images(tmp_path / "images", 12)
+    for workers in (0, 1, 2):
+        trained(tiny(tmp_path / str(workers), data=str(folder), batch_size=4, epochs=2, workers=workers))
+    assert losses(tmp_path / "0") == losses(tmp_path / "1") == losses(tmp_path / "2")
+
+
+def test_folder_with_train_and_val(tmp_path, capsys):
+    for i, name in enumerate(("cats", "dogs")):
+        write_images(tmp_path / "set" / "train" / name / "deeper", 6, first=10 * i)
+        write_images(tmp_path / "set" / "val" / name, 3, first=10 * i + 6)
+    trained(tiny(tmp_path / "run", data=str(tmp_path / "set"), batch_size=6))
+    tests = [r for r in records(tmp_path / "run") if "rank" in r]
+    assert len(tests) == 2 and all(0 <= r["knn_class"] <= 100 for r in tests) and "raw_knn_class" in tests[0]
+    assert "12 images" in capsys.readouterr().out
+
+
+def test_class_folders_without_a_split(tmp_path, capsys):
+    for i, name in enumerate(("cats", "dogs")):
+        write_images(tmp_path / "set" / name, 10, first=10 * i)
+    trained(tiny(tmp_path / "run", data=str(tmp_path / "set"), batch_size=6))
+    assert all("knn_class" in r for r in records(tmp_path / "run") if "rank" in r)
+    out = capsys.readouterr().out
+    assert "18 images" in out and "2 classes" in out
+
+
+def test_hidden_files_and_links_to_a_parent(tmp_path):
+    folder = write_images(tmp_path / "images", 3)
+    write_images(folder / ".cache", 2)
+    (folder / "._000.png").write_bytes(b"what a Mac leaves behind")
+    os.symlink(folder, folder / "again")
+    assert [p.name for p in common.find_images(folder)] == ["000.png", "001.png", "002.png"]
+
+
+def test_too_many_broken_images_stop_the_run(tmp_path):
+    folder = write_images(tmp_path / "images", 15)
+    for i in range(5):
+        (folder / f"broken{i}.jpg").write_bytes(b"no image")
+    with pytest.raises(BadInput, match=r"of 20 images cannot be read, more than 1 %.*broken") as error:
+        mae.train(tiny(tmp_path / "run", data=str(folder), batch_size=5, epochs=2))
+    assert "\n" not in str(error.value)
+
+
+def test_twelve_channels_from_npy_files(tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for i in range(6):
+        np.save(folder / f"{i}.npy", noise_image(i, chans=12, height=60, width=50).permute(1, 2, 0).numpy())
+    state = trained(tiny(tmp_path / "run", data=str(folder), batch_size=3, in_chans=12, img_size=(48,)))
+    assert state["step"] == 2 and len(state["config"]["mean"]) == 12
+
+
+def test_named_sets(tmp_path, monkeypatch):
+    """torchvision's classes, stood in for by two small sets of the same interface: nothing is downloaded."""
+    class Small(torch.utils.data.Dataset):
+        def __init__(self, root, train=None, split=None, size=None, download=False):
+            self.n = 24 if train or split == "train" else 8
+
+        def __len__(self):
+            return self.n
+
+        def __getitem__(self, i):
+            if i >= self.n:
+                raise IndexError
+            return to_pil_image(noise_image(i, chans=3, height=32, width=32)), i % 3
+    for name, kind in (("cifar10", "CIFAR10"), ("imagenette", "Imagenette")):  # in memory; from files
+        monkeypatch.setattr(common.torchvision.datasets, kind, Small)
+        trained(tiny(tmp_path / name, data=name, batch_size=12))
+        assert all("knn_class" in r for r in records(tmp_path / name) if "rank" in r)
+
+
+def test_main_exit_statuses(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["mae.py", "--epochs", "3"])
+    for status in (0, 1, 130):
+        with pytest.raises(SystemExit) as leaving:
+            main(lambda cfg: status if cfg.epochs == 3 else 99, mae.Config, mae.__doc__)
+        assert leaving.value.code == status
+    assert capsys.readouterr().err == ""
