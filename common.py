@@ -214,7 +214,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 def seed_of(*parts):
     """One 63-bit seed out of numbers and names: as many independent streams as there are different `parts`."""
-    words = [int.from_bytes(p.encode(), "little") if isinstance(p, str) else int(p) for p in parts]
+    words = [len(parts), *(int.from_bytes(p.encode(), "little") if isinstance(p, str) else int(p) for p in parts)]
     return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
@@ -227,8 +227,8 @@ def draw(shape, device, *parts):
 
 SHAPES = {  # kind: corners, inner radius, radius of the hole (-1: none), size, waves of the surface along and across
     "disc": (32, math.cos(math.pi / 32), -1, 0.80, 0, 0), "triangle": (3, 0.5, -1, 1.24, 2, 0),
-    "square": (4, math.cos(math.pi / 4), -1, 1.00, 2, 2), "star": (5, 0.45, -1, 1.30, 1, 0),
-    "ring": (32, math.cos(math.pi / 32), 0.55, 0.95, 0, 0), "spark": (4, 0.40, -1, 1.35, 1, 1),
+    "square": (4, math.cos(math.pi / 4), -1, 1.00, 2, 2), "star": (5, 0.42, -1, 1.30, 1, 0),
+    "ring": (32, math.cos(math.pi / 32), 0.55, 0.95, 0, 0), "spark": (4, 0.36, -1, 1.35, 1, 1),
 }
 SHAPES_TRAIN, SHAPES_VAL, MAX_OBJECTS = 16384, 4096, 10
 
@@ -260,7 +260,7 @@ def render_shapes(seed, index, img_size, in_chans=3):
     angle, octave, phase, amount = spread(rand("waves", 4, 3)).unbind(1)  # each [n, 3, 1, 1]
     angle, freq = math.pi * angle, 2 * math.pi * 2 ** (1.5 * octave)
     waves = amount * (freq * (x * angle.cos() + y * angle.sin()) + 2 * math.pi * phase).sin()  # [n, 3, H, W]
-    texture = (0.5 + 0.3 * waves.sum(1, keepdim=True)).clamp(0, 1)
+    texture = (0.5 + 0.35 * waves.sum(1, keepdim=True)).clamp(0, 1)
     one, two = spread(0.1 + 0.8 * rand("wall", 2, in_chans)).unbind(1)  # [n, C, 1, 1]
     canvas = one * texture + two * (1 - texture)  # [n, C, H, W]
     horizon = spread(0.25 + 0.15 * rand("horizon", 1))
@@ -274,9 +274,9 @@ def render_shapes(seed, index, img_size, in_chans=3):
     near = 1 / (1 + torch.tensor([0.25] * (K - 1) + [0.13]) * depth)  # perspective; 0 for an object that is not there
     kind, tint = (len(SHAPES) * rand("kind", K)).long(), 0.1 + 0.9 * rand("tint", K, in_chans)
     corners, inner, hole, size, along, across = torch.tensor(list(SHAPES.values()))[kind].unbind(2)  # each [n, K]
-    radius = 0.44 * short * size * near
+    radius = 0.42 * short * size * near
     centre_x = width * (0.1 + 0.8 * rand("x", K))
-    centre_y = height * (0.15 + (0.5 + 0.35 * (rand("y", K) - 0.5)) * near)
+    centre_y = height * (0.15 + (0.5 + 0.3 * (rand("y", K) - 0.5)) * near)
     turn, light = 2 * math.pi * rand("turn", K), spread(2 * math.pi * rand("light"))
     kind_map = torch.zeros(n, height, width, dtype=torch.uint8)
     for k in range(K):  # one object of every picture at once
@@ -289,8 +289,8 @@ def render_shapes(seed, index, img_size, in_chans=3):
         cover = cover * spread(near[:, k] > 0)  # with soft edges
         u, v = 9 * math.pi / short * dist * theta.cos(), 9 * math.pi / short * dist * theta.sin()
         fu, fv = spread(along[:, k]), spread(across[:, k])
-        surface = 1.6 * (fu > 0) * (fu * u + 0.5).cos() * (fv * v + 0.5 * (fv > 0)).cos()
-        shade = 0.75 + 0.3 * (dx * light.cos() + dy * light.sin()) / r.clamp(min=1e-3) + 0.35 * surface.clamp(-0.9, 0.9)
+        surface = (fu > 0) * (4 * (fu * u + 0.5).cos() * (fv * v + 0.5 * (fv > 0)).cos()).clamp(-1, 1)  # 0 where plain
+        shade = (0.75 + 0.3 * (dx * light.cos() + dy * light.sin()) / r.clamp(min=1e-3)) * (0.85 + 0.4 * surface)
         canvas += (spread(tint[:, k]) * shade[:, None] - canvas) * cover[:, None]
         kind_map = torch.where(cover > 0.5, spread(kind[:, k] + 1).byte(), kind_map)
     labels = {"kind": kind[:, -1], "count": count, "distance": nearest.long()}
@@ -478,11 +478,6 @@ def read_image(path, chans):
             raise ValueError(f"a .npy image is uint8 [H, W, C], this one is {array.dtype} {list(array.shape)}")
         image = torch.from_numpy(array)
         return match_channels(image[None] if image.ndim == 2 else image.permute(2, 0, 1).contiguous(), chans)
-    if path.lower().endswith((".jpg", ".jpeg")):  # the decoder itself, without a detour over PIL
-        mode = {1: "GRAY", 3: "RGB"}.get(chans, "UNCHANGED")
-        data = torchvision.io.read_file(path)
-        return match_channels(torchvision.io.decode_jpeg(data, torchvision.io.ImageReadMode[mode],
-                                                         apply_exif_orientation=True), chans)
     with torchvision.datasets.folder.default_loader(path) as image:
         return match_channels(TF.pil_to_tensor(image), chans)
 
@@ -740,6 +735,8 @@ def main(train, Config, doc):
     """What every method file runs: flags in, status out; what the user got wrong is one line."""
     try:
         status = train(parse_args(Config, doc))
+        if dist.is_initialized():
+            dist.barrier()  # whoever leaves first would have torchrun end the others, in the middle of a word
     except BadInput as error:
         if os.environ.get("RANK", "0") == "0" or isinstance(error, BadHere):
             print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
