@@ -11,8 +11,7 @@ Shape letters, the same in every file: B images, C channels, N patches of an ima
 P = patch * patch * C numbers of a patch, D encoder width, E decoder width, T tokens of any kind.
 """
 
-import argparse, dataclasses, difflib, functools, json, math, os, platform, shutil, signal, subprocess, sys, time
-import typing, warnings
+import argparse, dataclasses, difflib, functools, json, math, os, platform, shutil, signal, subprocess, sys, time, typing
 from pathlib import Path
 
 import numpy as np
@@ -1020,8 +1019,9 @@ class Log:
             return
         tests = [r for r in self.records if "rank" in r]
         names = [k[4:] for k in tests[-1] if k.startswith("knn_")]
-        rows = [("raw pixels", tests[0], "raw_knn_"), ("untrained", tests[0], "knn_"), ("untrained, mean of patches",
-                 tests[0], "mean_knn_"), ("trained", tests[-1], "knn_"), ("trained, mean of patches", tests[-1], "mean_knn_")]
+        before = tests[0] if tests[0]["step"] == 0 else {}  # a run that was resumed elsewhere has no beginning here
+        rows = [("raw pixels", before, "raw_knn_"), ("untrained", before, "knn_"), ("untrained, mean of patches", before,
+                 "mean_knn_"), ("trained", tests[-1], "knn_"), ("trained, mean of patches", tests[-1], "mean_knn_")]
         if names:
             print(f"{'k-NN accuracy, %':28}" + "".join(f"{name:>10}" for name in names))
         for title, record, prefix in rows:

@@ -8,14 +8,16 @@ is in the loss, so what the encoder knows of an image it knows because the hidde
     1. patches [B, N, P]; a random 75 % of them masked                       random_mask          Sec. 3, "Masking"
     2. visible patches + positions, CLS in front -> latent [B, 1 + V, D]     encode_visible       Sec. 3, "MAE encoder"
     3. latent and mask tokens + positions -> all patches [B, N, P]           decode               Sec. 3, "MAE decoder"
-    4. mean squared error on the masked patches, each one standardised       pixel_target, loss   Sec. 3, "Target"
+    4. mean squared error on the masked patches, each one standardised       standardise, pixel_loss  Sec. 3, "Target"
   After training the decoder is thrown away; an image's feature is CLS after the final norm (`encode`).
 
-  python mae.py                                            two minutes on two CPU cores, on pictures drawn by common.py
+  python mae.py                                            on pictures that common.py draws; see the result below
   python mae.py --data DIR --img-size 224 --model base     any folder of images
-  torchrun --nproc_per_node 8 mae.py --data imagenet --img-size 224 --model base --batch-size 4096 --epochs 800 \
+  torchrun --nproc_per_node 8 mae.py --data DIR --img-size 224 --model base --batch-size 4096 --epochs 800 \
       --warmup-epochs 40 --base-lr 1.5e-4 --decoder-dim 512 --decoder-depth 8 --decoder-heads 16 --clip-grad 0
-                                                           the paper's recipe (Table 8); not run at that scale here
+                                                           the paper's ImageNet recipe (Table 8); not run at that scale
+
+Result of the first: RESULT
 
 Differs from the authors' program: the gradient is clipped at norm 1 unless --clip-grad 0; the last incomplete batch of
 an epoch is not dropped, batches run across the epoch's edge; decoder tokens stand visible first, masked after (order
@@ -36,7 +38,7 @@ from tqdm import tqdm
 
 from common import (MODELS, BadInput, Block, LayerNorm, Log, PatchEmbed, check_health, denormalise, draw, eval_batches,
                     find_resume, flag, gather, load_data, main, param_groups, patch_grid, patchify, random_mask,
-                    raw_pixels, resize_positions, restore, save_checkpoint, save_picture, sincos_2d, split_ids, start,
+                    raw_pixels, resize_positions, restore, save_picture, sincos_2d, split_ids, start,
                     train_batches, unpatchify, warmup_cosine, warn_of_trouble)
 
 
@@ -77,7 +79,7 @@ class Config:
     out: str = "runs/mae"
     resume: str = "auto"
     save_every: int = 5
-    eval_every: int = 10
+    eval_every: int = 0
     log_every: int = 20
 
 
