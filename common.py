@@ -527,7 +527,8 @@ def crop_resize(images, boxes, flips, size):
                   if n_in <= 48 and n_out <= 48 else resample_matrix(start, length, n_in, n_out)
                   for start, length, n_in, n_out in ((top, h, images.shape[2], size[0]), (left, w, images.shape[3], size[1])))
     cols = torch.where(flips[:, None, None], cols.flip(1), cols)
-    return (rows[:, None] @ images.float() @ cols[:, None].mT).clamp_(0, 255)
+    x = torch.bmm(images.float().flatten(1, 2), cols.mT).unflatten(1, images.shape[1:3])  # [B, C, H, w]
+    return (rows[:, None] @ x).clamp_(0, 255)
 
 
 def centre_box(height, width, size, margin):

@@ -17,7 +17,7 @@ is in the loss, so what the encoder knows of an image it knows because the hidde
       --warmup-epochs 40 --base-lr 1.5e-4 --decoder-dim 512 --decoder-depth 8 --decoder-heads 16 --clip-grad 0
                                                            the paper's ImageNet recipe (Table 8); not run at that scale
 
-Result of the first: RESULT
+Result of the first: see README.md, "What it prints".
 
 Differs from the authors' program: the gradient is clipped at norm 1 unless --clip-grad 0; the last incomplete batch of
 an epoch is not dropped, batches run across the epoch's edge; decoder tokens stand visible first, masked after (order
@@ -66,7 +66,7 @@ class Config:
     model: str = "nano"
     batch_size: int = 128
     accum: int = 1
-    epochs: int = 20
+    epochs: int = 16
     warmup_epochs: int = 1
     base_lr: float = 6e-3  # the paper's 1.5e-4 is for ViT-B and 800 epochs
     weight_decay: float = 0.05
