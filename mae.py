@@ -290,8 +290,7 @@ def train(cfg):
     # -- the loop
     stream = train_batches(cfg, run, train_set, cfg.crop_scale, first, total)
     bar = tqdm(total=total * cfg.batch_size, initial=first * cfg.batch_size, unit="img", unit_scale=True,
-               disable=not run.main, smoothing=0.05,
-               mininterval=0.2 if sys.stderr.isatty() else 30)
+               disable=not run.main, smoothing=0.05, mininterval=0.2 if sys.stderr.isatty() else 30)
     clock, waited, bad = time.perf_counter(), 0.0, torch.zeros((), device=run.device)
     logged = first
     for step in range(first + 1, total + 1):
@@ -328,8 +327,10 @@ def train(cfg):
             *values, norm, bad_steps, stop = run.average(torch.stack(
                 [*values, grad_norm, bad, bad.new_tensor(float(run.signal > 0))])).tolist()
             if bad_steps:
+                last = Path(cfg.out, "last.pt")
                 run.say(f"error: the loss is not finite since step {step + 1 - math.ceil(bad_steps)} (now lr {lr:.3g}, "
-                        f"gradient norm {norm:.3g}); {Path(cfg.out, 'last.pt')} is the last good checkpoint, untouched", sys.stderr)
+                        f"gradient norm {norm:.3g}); " + (f"{last} is the last good checkpoint, untouched" if last.exists()
+                        else "no checkpoint had been saved yet"), sys.stderr)
                 return 1
             seconds, images_seen = time.perf_counter() - clock, (step - logged) * cfg.batch_size
             names = ["loss", *logs]
