@@ -11,7 +11,7 @@ Shape letters, the same in every file: B images, C channels, N patches of an ima
 P = patch * patch * C numbers of a patch, D encoder width, E decoder width, T tokens of any kind.
 """
 
-import argparse, dataclasses, difflib, functools, json, math, os, platform, shutil, signal, subprocess, sys, time, typing
+import argparse, dataclasses, difflib, functools, itertools, json, math, os, platform, shutil, signal, subprocess, sys, time, typing
 from pathlib import Path
 
 import numpy as np
@@ -127,6 +127,15 @@ class PatchEmbed(nn.Module):
         return F.linear(patches, self.proj.weight.permute(0, 2, 3, 1).flatten(1), self.proj.bias)
 
 
+def xavier_init(model):
+    """Every Linear, and the patch projection seen as the matrix that it is: Xavier uniform, biases zero."""
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            nn.init.xavier_uniform_(module.weight.flatten(1))
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+
 def patchify(images, p):
     """[B, C, H, W] -> [B, N, P]: patches row by row, and in each one row, column, channel (channel fastest)."""
     x = images.unflatten(3, (-1, p)).unflatten(2, (-1, p))  # [B, C, gh, p, gw, p]
@@ -173,6 +182,25 @@ def resize_positions(pos, old_grid, new_grid):
     table = pos[:, extra:].transpose(1, 2).unflatten(2, old_grid)  # [1, D, gh, gw]
     table = F.interpolate(table, tuple(new_grid), mode="bicubic", antialias=True).flatten(2).transpose(1, 2)
     return torch.cat([pos[:, :extra], table], 1)
+
+
+def usual_heads(dim):
+    """Heads of a released encoder, which its tensors do not tell: 64 channels each, in ViT-H 80."""
+    return 16 if dim == 1280 else max(1, dim // 64)
+
+
+def count_blocks(state, prefix):
+    """How many blocks a state dict has under prefix.0, prefix.1, ..."""
+    return len({name[len(prefix) + 1:].split(".")[0] for name in state if name.startswith(prefix + ".")})
+
+
+def load_strictly(model, state, what):
+    """Every name and every size has to be right, both ways."""
+    try:
+        model.load_state_dict(state, strict=True)
+    except RuntimeError as error:
+        raise BadInput(f"not {what} of these sizes: {' '.join(str(error).split())[:300]}") from error
+    return model
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -592,22 +620,26 @@ class Crops(torch.utils.data.Dataset):
         return torch.stack(images), torch.tensor(labels), broken
 
 
-def train_batches(cfg, run, data, scale, start, total):
+def train_batches(cfg, run, data, scale, start, total, size=None):
     """The training stream: one micro-batch [m, C, H, W], normalised, on the device, for every micro-step of the steps
-    start..total-1. `scale` is the crop's least and most share of the area."""
-    order, places = Order(len(data), cfg.seed), ((s, run.rows(cfg, a)) for s in range(start, total) for a in range(cfg.accum))
+    start..total-1. `scale` is the crop's least and most share of the area, `size` its height and width if not img_size."""
+    size, order = size or pair(cfg.img_size), Order(len(data), cfg.seed)
+    places = ((step, run.rows(cfg, micro)) for step in range(start, total) for micro in range(cfg.accum))
     if isinstance(data, Pixels):
         images = data.images
         if run.device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info()[0] / 4:
             images = images.to(run.device)
-        for step, rows in places:
-            picked = to_device(images[to_device(order(step, cfg.batch_size, rows), images.device)], run.device)
-            noise = draw((cfg.batch_size, 41), run.device, "crop", cfg.seed, step)[rows]
-            yield normalise(crop_resize(picked, *crop_boxes(noise, *images.shape[2:], scale), pair(cfg.img_size)), cfg)
+        ahead = max(1, 2**20 // (cfg.batch_size * math.prod(size)))  # small crops of a few steps at once cost a third of one step's at a time
+        while some := list(itertools.islice(places, ahead)):
+            ids = torch.cat([order(step, cfg.batch_size, rows) for step, rows in some])
+            noise = torch.cat([draw((cfg.batch_size, 41), run.device, "crop", cfg.seed, step)[rows] for step, rows in some])
+            picked = to_device(images[to_device(ids, images.device)], run.device)
+            crops = normalise(crop_resize(picked, *crop_boxes(noise, *images.shape[2:], scale), size), cfg)
+            yield from crops.chunk(len(some))
     else:
         items = ([(i, (cfg.seed, step, row)) for i, row in zip(order(step, cfg.batch_size, rows).tolist(),
                                                                range(rows.start, rows.stop))] for step, rows in places)
-        for images, _, broken in read_batches(Crops(data, pair(cfg.img_size), scale), items, cfg, run):
+        for images, _, broken in read_batches(Crops(data, size, scale), items, cfg, run):
             run.report_broken(data, broken)
             yield normalise(images.to(run.device, non_blocking=True).float(), cfg)
 
@@ -702,9 +734,9 @@ LEAST = {"in_chans": 1, "batch_size": 1, "accum": 1, "log_every": 1, "save_every
          "warmup_epochs": 0, "base_lr": 0, "weight_decay": 0, "clip_grad": 0, "workers": -1, "patch_size": 0, "seed": 0}
 
 
-def flag(default, help, choices=None, least=None):
-    """A method's own Config field, with its line of help and its least value."""
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "least": least})
+def flag(default, help, choices=None, least=None, most=math.inf):
+    """A method's own Config field, with its line of help and its least and greatest value."""
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "least": least, "most": most})
 
 
 class Parser(argparse.ArgumentParser):
@@ -768,7 +800,7 @@ class Run:
     local_rank: int = 0
     local_world: int = 1
     signal: int = 0  # the number of a signal that asked for the end
-    warned: bool = False  # of waiting for data
+    warned: set = dataclasses.field(default_factory=set)  # what has been warned of; once is enough
     broken: dict = dataclasses.field(default_factory=dict)  # images that could not be read: index, name
 
     @property
@@ -818,9 +850,13 @@ class Run:
             save_checkpoint(Path(cfg.out, "last.pt"), state)
 
     def warn_if_data_bound(self, share):
-        if share > 0.3 and not self.warned:
-            self.warned = True
-            self.say(f"warning: data-bound: {share:.0%} of the time is spent waiting for images; more --workers may help")
+        if share > 0.3:
+            self.warn("data-bound", f"{share:.0%} of the time is spent waiting for images; more --workers may help")
+
+    def warn(self, name, text):
+        if name not in self.warned:
+            self.warned.add(name)
+            self.say(f"warning: {name}: {text}")
 
     def report_broken(self, data, indices):
         for i in indices:
@@ -835,11 +871,14 @@ class Run:
 def start(cfg):
     """Checks the flags, joins the processes, chooses device and precision. Returns the Config with its open values
     (patch size, mean, std) filled in, and the Run."""
-    own = {field.name: field.metadata["least"] for field in dataclasses.fields(cfg) if field.metadata}
-    for name, least in (own | LEAST).items():
-        value = getattr(cfg, name)
-        if least is not None and not least <= value < (2**63 if isinstance(value, int) else math.inf):  # nan is neither
-            raise BadInput(f"--{name.replace('_', '-')} {value} is not a number from {least} up")
+    own = {f.name: (f.metadata["least"], f.metadata["most"]) for f in dataclasses.fields(cfg) if f.metadata}
+    for name, (least, most) in (own | {name: (least, math.inf) for name, least in LEAST.items()}).items():
+        value, name = getattr(cfg, name), name.replace("_", "-")
+        if isinstance(value, tuple) and len(value) != 2:
+            raise BadInput(f"--{name} takes two numbers, not {' '.join(map(str, value))}")
+        for v in value if isinstance(value, tuple) else (value,):
+            if least is not None and not (least <= v <= most and v < (2**63 if isinstance(v, int) else math.inf)):  # nor nan
+                raise BadInput(f"--{name} {v} is not a number from {least} " + ("up" if most == math.inf else f"to {most}"))
     if not (len(cfg.crop_scale) == 2 and 0 < cfg.crop_scale[0] <= cfg.crop_scale[1] <= 1):
         raise BadInput(f"--crop-scale takes two shares, 0 < least <= most <= 1, not {' '.join(map(str, cfg.crop_scale))}")
     if not (len(cfg.betas) == 2 and all(0 <= b < 1 for b in cfg.betas)):
@@ -921,18 +960,35 @@ def choose_amp(name, device):
 
 # -- optimisation -----------------------------------------------------------------------------------------------------
 
-def warmup_cosine(step, total, warmup, peak, final=0.0):
-    """Linear from 0 to the peak, then half a cosine down to the final rate."""
+def cosine(step, total, first, last):
+    """Half a cosine from the first value to the last."""
+    return last + (first - last) * 0.5 * (1 + math.cos(math.pi * step / max(1, total)))
+
+
+def linear(step, total, first, last):
+    return first + (last - first) * step / max(1, total)
+
+
+def warmup_cosine(step, total, warmup, peak, first=0.0, last=0.0):
+    """Linear from the first rate to the peak, then half a cosine down to the last."""
     if step < warmup:
-        return peak * step / warmup
-    return final + (peak - final) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+        return first + (peak - first) * step / warmup
+    return cosine(step - warmup, total - warmup, peak, last)
 
 
-def param_groups(model, weight_decay):
-    """Two groups for AdamW: matrices with decay; biases, norm gains and all else of one dimension without."""
+def param_groups(model, weight_decay, exempt=lambda name, p: p.ndim <= 1):
+    """Two groups for AdamW: with decay, and without; exempt are biases, norm gains and all else of one dimension."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    return [{"params": [p for _, p in named if p.ndim > 1], "weight_decay": weight_decay},
-            {"params": [p for _, p in named if p.ndim <= 1], "weight_decay": 0.0}]
+    return [{"params": [p for n, p in named if not exempt(n, p)], "weight_decay": weight_decay},
+            {"params": [p for n, p in named if exempt(n, p)], "weight_decay": 0.0}]
+
+
+@torch.no_grad()
+def update_ema(teacher, student, momentum):
+    """teacher <- momentum * teacher + (1 - momentum) * student, all tensors together; buffers are copied."""
+    torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - momentum)
+    for mine, theirs in zip(teacher.buffers(), student.buffers()):
+        mine.copy_(theirs)
 
 
 # -- checkpoints and log ----------------------------------------------------------------------------------------------
@@ -1098,12 +1154,15 @@ def features_of(encode, cfg, run, data, most):
 
 def check_health(encode, cfg, run, train_set, val_set):
     """Frozen features of the pictures as they are: effective rank and spread of the pooled ones; k-NN accuracy per
-    label in percent, of the pooled ones (`knn_`) and of the mean over patches (`mean_knn_`)."""
+    label in percent, of the pooled ones (`knn_`) and of the mean over patches (`mean_knn_`). For k-NN every channel is
+    standardised first, as MAE's and PiLaMIM's linear probes do it: else the few loudest channels decide alone."""
     *galleries, labels = features_of(encode, cfg, run, train_set, GALLERY)
     scores = {"rank": effective_rank(galleries[0][:QUERIES]), "feature_std": galleries[0].std(0).mean().item()}
     if val_set is not None and labels:
         *queries, truth = features_of(encode, cfg, run, val_set, QUERIES)
         for prefix, known, asked in zip(("knn_", "mean_knn_"), galleries, queries):
+            mean, std = known.mean(0), known.std(0) + 1e-6
+            known, asked = (known - mean) / std, (asked - mean) / std
             for name, y in labels.items():
                 right = knn_predict(known, y, asked) == truth[name]
                 scores[prefix + name] = 100 * right.float().mean().item()
@@ -1116,13 +1175,37 @@ def raw_pixels(images):
     return pixels, pixels[:, None]
 
 
-def warn_of_trouble(run, scores):
-    if scores["rank"] < 1.5 or scores["feature_std"] < 1e-4:
-        run.say(f"warning: collapse: the pooled features of different images are all but the same (effective rank "
-                f"{scores['rank']:.2f}, spread {scores['feature_std']:.1e})")
+def warn_of_trouble(run, values):
+    """Collapse, by name, as far as the record at hand can show it."""
+    rank, feature_std, target_std = (values.get(k, math.inf) for k in ("rank", "feature_std", "target_std"))
+    if rank < 1.5 or feature_std < 1e-4:
+        run.warn("collapse", "the pooled features of different images are all but the same (effective rank "
+                 f"{rank:.2f}, spread {feature_std:.1e})")
+    if target_std < 0.02:
+        run.warn("collapse of the targets", f"the teacher says the same of every patch (target_std {target_std:.1e})")
+
+
+def spread(tokens):
+    """Standard deviation over all tokens [..., D], averaged over the channels: 0 when they are all the same."""
+    return tokens.detach().float().flatten(0, -2).std(0).mean()
 
 
 # -- pictures -----------------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def pca_colours(patches, grid, img_size):
+    """Patch features [n, N, D] -> [n, 3, H, W] in 0..1: their first three principal components over all n images as red,
+    green and blue, stretched between the 1st and the 99th percentile."""
+    x = patches.float().flatten(0, 1).cpu()
+    x = x - x.mean(0)
+    _, axes = torch.linalg.eigh(x.T @ x)  # ascending
+    axes = axes[:, -3:].flip(1)
+    colours = x @ (axes * axes.sum(0).sign())  # [n N, 3]; an axis has no sign of its own
+    low, high = colours.quantile(0.01, dim=0), colours.quantile(0.99, dim=0)
+    colours = ((colours - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
+    colours = colours.unflatten(0, (len(patches), *grid)).permute(0, 3, 1, 2)  # [n, 3, gh, gw]
+    return F.interpolate(colours, tuple(img_size), mode="nearest")
+
 
 def save_picture(path, columns, least=96):
     """PNG of images in rows: columns is a list of [n, C, H, W] in 0..1, side by side; small ones are enlarged."""

@@ -36,10 +36,10 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from common import (MODELS, BadInput, Block, LayerNorm, Log, PatchEmbed, check_health, denormalise, draw, eval_batches,
-                    find_resume, flag, gather, load_data, main, param_groups, patch_grid, patchify, random_mask,
-                    raw_pixels, resize_positions, restore, save_picture, sincos_2d, split_ids, start,
-                    train_batches, unpatchify, warmup_cosine, warn_of_trouble)
+from common import (MODELS, BadInput, Block, LayerNorm, Log, PatchEmbed, check_health, count_blocks, denormalise, draw,
+                    eval_batches, find_resume, flag, gather, load_data, load_strictly, main, param_groups, patch_grid,
+                    patchify, random_mask, raw_pixels, resize_positions, restore, save_picture, sincos_2d, split_ids,
+                    start, train_batches, unpatchify, usual_heads, warmup_cosine, warn_of_trouble, xavier_init)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -66,7 +66,7 @@ class Config:
     model: str = "nano"
     batch_size: int = 128
     accum: int = 1
-    epochs: int = 16
+    epochs: int = 20
     warmup_epochs: int = 1
     base_lr: float = 6e-3  # the paper's 1.5e-4 is for ViT-B and 800 epochs
     weight_decay: float = 0.05
@@ -130,12 +130,7 @@ class MAE(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
-        nn.init.xavier_uniform_(self.patch_embed.proj.weight.flatten(1))  # seen as the matrix that it is
-        nn.init.zeros_(self.patch_embed.proj.bias)
+        xavier_init(self)
         nn.init.normal_(self.cls_token, std=0.02)
         nn.init.normal_(self.mask_token, std=0.02)
 
@@ -193,28 +188,25 @@ class MAE(nn.Module):
     @classmethod
     def from_released(cls, state_dict, **sizes):
         """A model from the authors' file, a dict of tensors or one with the key `model`; the names are ours. Widths,
-        depths and sizes are read from the tensors (heads cannot be: 64 wide, but huge's 80, decoder 16 unless said)."""
+        depths and sizes are read from the tensors; heads cannot be (usual ones, 16 in the decoder, unless said)."""
         state = dict(state_dict.get("model", state_dict))
         missing = {"cls_token", "pos_embed", "patch_embed.proj.weight", "norm.weight"} - state.keys()
         if missing:
             raise BadInput(f"not a released MAE: it has no {', '.join(sorted(missing))}")
         _, length, dim = state["pos_embed"].shape
-        depth = lambda name: len({k.split(".")[1] for k in state if k.startswith(name + ".")})
-        sizes = {"patch_size": state["patch_embed.proj.weight"].shape[-1], "in_chans": state["patch_embed.proj.weight"].shape[1],
-                 "dim": dim, "depth": depth("blocks"), "heads": 16 if dim == 1280 else max(1, dim // 64)} | sizes
+        _, in_chans, patch_size, _ = state["patch_embed.proj.weight"].shape
+        sizes = {"patch_size": patch_size, "in_chans": in_chans, "dim": dim, "depth": count_blocks(state, "blocks"),
+                 "heads": usual_heads(dim)} | sizes
         sizes.setdefault("img_size", math.isqrt(length - 1) * sizes["patch_size"])
         full = "decoder_embed.weight" in state
         if full:
-            sizes = {"decoder_dim": len(state["decoder_embed.weight"]), "decoder_depth": depth("decoder_blocks")} | sizes
+            sizes = {"decoder_dim": len(state["decoder_embed.weight"]),
+                     "decoder_depth": count_blocks(state, "decoder_blocks")} | sizes
         model = cls(**sizes)
         if not full:
             print("from_released: an encoder without its decoder; the decoder is left as it is initialised")
             state = {k: v for k, v in model.state_dict().items() if k.startswith(("decoder", "mask_token"))} | state
-        try:
-            model.load_state_dict(state, strict=True)
-        except RuntimeError as error:
-            raise BadInput(f"not a released MAE of these sizes: {' '.join(str(error).split())[:300]}") from error
-        return model
+        return load_strictly(model, state, "a released MAE")
 
 
 def paste(images, pred, mask, p, grid, norm_pix):
