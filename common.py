@@ -53,19 +53,26 @@ def attend(q, k, v):
 
 
 class Attention(nn.Module):
-    """Self-attention with one fused projection, rows in the order q, k, v."""
+    """Self-attention with one fused projection, rows in the order q, k, v. qkv_bias: True, False, or "qv" (none on k, as
+    BEiT has it; timm's names)."""
 
     def __init__(self, dim, heads, qkv_bias=True):
         super().__init__()
         if dim % heads:
             raise BadInput(f"heads={heads} does not divide the width {dim}")
         self.heads = heads
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias is True)
+        if qkv_bias == "qv":
+            self.q_bias, self.v_bias = nn.Parameter(torch.zeros(dim)), nn.Parameter(torch.zeros(dim))
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x):  # [B, T, D]
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # 3 x [B, heads, T, d]
-        return self.proj(attend(q, k, v).transpose(1, 2).flatten(2))
+    def project(self, x):  # [B, T, D] -> q, k, v, each [B, heads, T, d]
+        bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias]) if hasattr(self, "q_bias") else self.qkv.bias
+        return F.linear(x, self.qkv.weight, bias).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+
+    def forward(self, x, silent=0):  # [B, T, D] -> [B, T - silent, D]: the first `silent` tokens are looked at and do not look
+        q, k, v = self.project(x)
+        return self.proj(attend(q[:, :, silent:], k, v).transpose(1, 2).flatten(2))
 
 
 class Mlp(nn.Module):
