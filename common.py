@@ -76,9 +76,9 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    def __init__(self, dim, hidden):
+    def __init__(self, dim, hidden, bias=True):
         super().__init__()
-        self.fc1, self.fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
+        self.fc1, self.fc2 = nn.Linear(dim, hidden, bias=bias), nn.Linear(hidden, dim, bias=bias)
 
     def forward(self, x):
         return self.fc2(F.gelu(self.fc1(x)))
@@ -309,7 +309,7 @@ def render_shapes(seed, index, img_size, in_chans=3):
     kind, tint = (len(SHAPES) * rand("kind", K)).long(), 0.1 + 0.9 * rand("tint", K, in_chans)
     corners, inner, hole, size, along, across = torch.tensor(list(SHAPES.values()))[kind].unbind(2)  # each [n, K]
     radius = 0.44 * short * size * near
-    centre_x = width * (0.1 + 0.8 * rand("x", K))
+    centre_x = width * (0.25 + 0.5 * rand("x", K))
     centre_y = height * (0.15 + (0.5 + 0.3 * (rand("y", K) - 0.5)) * near)
     turn, light = 2 * math.pi * rand("turn", K), spread(2 * math.pi * rand("light"))
     kind_map = torch.zeros(n, height, width, dtype=torch.uint8)
@@ -1084,8 +1084,10 @@ class Log:
         tests = [r for r in self.records if "rank" in r]
         names = [k[4:] for k in tests[-1] if k.startswith("knn_")]
         before = tests[0] if tests[0]["step"] == 0 else {}  # a run that was resumed elsewhere has no beginning here
-        rows = [("raw pixels", before, "raw_knn_"), ("untrained", before, "knn_"), ("untrained, mean of patches", before,
-                 "mean_knn_"), ("trained", tests[-1], "knn_"), ("trained, mean of patches", tests[-1], "mean_knn_")]
+        same = all(tests[-1].get("mean_knn_" + name) == tests[-1].get("knn_" + name) for name in names)
+        rows = [("raw pixels", before, "raw_knn_"), *[(when + which, record, prefix)
+                for when, record in (("untrained", before), ("trained", tests[-1]))
+                for which, prefix in [("", "knn_")] + [(", mean of patches", "mean_knn_")] * (not same)]]
         if names:
             print(f"{'k-NN accuracy, %':28}" + "".join(f"{name:>10}" for name in names))
         for title, record, prefix in rows:

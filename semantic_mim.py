@@ -95,7 +95,7 @@ class Config:
     model: str = "nano"
     batch_size: int = 128
     accum: int = 1
-    epochs: int = 20
+    epochs: int = 16
     warmup_epochs: int = 1
     base_lr: float = 2e-3  # the paper's 2e-4 is for ViT-B and 300 epochs
     weight_decay: float = 0.05

@@ -1,0 +1,595 @@
+"""Cluster and Predict Latent Patches for Improved Masked Image Modeling (Darcet et al., arXiv 2502.08769), in one file.
+
+A teacher, the slow moving average of the student, sees the whole image; its patch features are sorted into clusters, and
+for every hidden patch the student has to say which cluster the teacher's feature is in. Clusters are learned online.
+Left alone they would all become one, so the sorting is forced to be balanced (Sinkhorn-Knopp).
+
+  images [B, C, H, W]
+    1. one visible block of patches, everything around it hidden               inverse_block
+    2. teacher: all patches -> features [B, N, D] -> cluster logits [B, N, K]  teacher, cluster_head
+    3. logits -> balanced assignments [B, N, K]                                sinkhorn
+    4. clustering loss: softmax(logits / 0.12) against 3., trains the clusters only
+    5. student: registers + visible patches -> context [B, R + V, D]           student
+    6. a mask token per predicted place looks at the context -> [B, Q, D]      student.predict
+    7. CAPI loss: softmax(student's logits / 0.12) against 3., trains the student only
+  What is evaluated is the teacher (`encode`).
+
+  python capi.py                                            on pictures that common.py draws
+  python capi.py --data DIR --img-size 224 --model base     any folder of images
+  torchrun --nproc_per_node 8 --nnodes 8 capi.py --data DIR --img-size 224 --patch-size 14 --model large \
+      --batch-size 16384 --epochs 100 --warmup-epochs 10 --base-lr 1.5625e-5 --predictor-depth 12 --registers 16 \
+      --clusters 16384 --weight-decay 0.1 --ema 0.999 --drop-path 0.2 --clip-grad 0
+                                                            the paper's ViT-L/14 recipe; not run at that scale
+
+Result of the first: see README.md, "What it prints".
+
+Why position by position: patches in the middle of photographs differ from those at the rim. Balanced over all positions
+together, clusters could tell positions apart and still be balanced; balanced separately at each, a cluster must say
+something about content. The price: each position has only B samples for its K clusters, so B should be about K (the
+paper: 16384 of both, over all ranks). With --clusters 0 K is the batch, and --accum makes the balanced batch smaller.
+
+Two temperatures: 0.06 makes the assignments, 0.12 the predictions. The sharper target pulls the predictions towards
+deciding; were both the same, an even answer to everything would be a fixed point.
+
+Two losses, no shared gradient: assignments are constants for both; the teacher's features are constants for the
+clustering head; the clusters are constants for the student. Each has its own optimiser.
+
+Memory: all logits are B x 256 x K numbers at ViT-L/14: 1.07 GB in float32 for 64 images per GPU and K = 16384, 8.6 GB for
+512. They are made in chunks of positions and made again in the backward pass; what stays is the assignments, in the
+precision of autocast. --recompute does the same for the encoder's activations.
+
+Differs from the authors' program: 5 % of the hidden patches are predicted as in the paper; the author has since advised
+about 20 % (--predict-share 0.2), and small grids need at least one. The first Sinkhorn iteration is in logarithms, so
+that no row underflows. The last incomplete batch of an epoch is not dropped. The numbers are the same.
+"""
+
+import dataclasses
+import math
+import re
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+
+from common import (MODELS, BadInput, Log, Mlp, PatchEmbed, attend, check_health,
+                    count_blocks, denormalise, draw, eval_batches, find_resume, flag, gather,
+                    load_data, load_strictly, main, patch_grid, patchify, pca_colours, raw_pixels,
+                    save_picture, seed_of, split_ids, spread, start, train_batches, update_ema,
+                    usual_heads, warn_of_trouble)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Config: the paper's constants; the scale (model, image, batch, epochs) is the quick demo's
+# ---------------------------------------------------------------------------------------------------------------
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    mask_ratio: float = flag(0.65, "share of the patches that is masked (Sec. 4)")
+    predict_share: float = flag(0.05, "share of the masked patches that is predicted, at least 1; the author now advises 0.2",
+                                least=0, most=1)
+    clusters: int = flag(0, "K; 0: as many as the batch has images (the paper's ratio), at most 16384", least=0)
+    registers: int = flag(4, "register tokens, a multiple of 4; the paper's ViT-L has 16", least=0)
+    predictor_depth: int = flag(2, "cross-attention blocks of the predictor; the paper's is 12", least=1)
+    drop_path: float = flag(0.0, "share of the images left out of each branch; the paper's is 0.2", least=0, most=0.9)
+    ema: float = flag(0.99, "least momentum of the teacher, reached after warm-up; the paper's is 0.999", least=0, most=1)
+    cluster_lr: float = flag(0.5, "rate of the clustering head, in units of the student's", least=0)
+    recompute: bool = flag(False, "encoder activations are computed again instead of kept: less memory, a third more time")
+    crop_scale: tuple[float, ...] = (0.6, 1.0)
+    betas: tuple[float, ...] = (0.9, 0.95)
+
+    data: str = "shapes"
+    data_root: str = "data"
+    img_size: tuple[int, ...] = (32,)
+    patch_size: int = 0
+    in_chans: int = 3
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    model: str = "nano"
+    batch_size: int = 128
+    accum: int = 1
+    epochs: int = 16
+    warmup_epochs: int = 1
+    base_lr: float = 6e-3
+    weight_decay: float = 0.05
+    clip_grad: float = 1.0
+    workers: int = -1
+    seed: int = 0
+    device: str = "auto"
+    amp: str = "auto"
+    compile: str = "auto"
+    out: str = "runs/capi"
+    resume: str = "auto"
+    save_every: int = 5
+    eval_every: int = 0
+    log_every: int = 20
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What the paper adds: the mask, coordinates, balanced assignments
+# ---------------------------------------------------------------------------------------------------------------
+
+def inverse_block(noise, grid, num_visible):
+    """noise [B, 3], uniform -> is_masked [B, N]. A block of visible patches, aspect ratio log-uniform in [1/2, 2] and
+    clipped to fit, rounded up and cut to the exact count; then it is rolled around both axes to anywhere."""
+    rows, columns = grid
+    aspect = torch.exp(math.log(2) * (2 * noise[:, 0] - 1))
+    height = (num_visible * aspect).sqrt().ceil().clamp(min(rows, -(-num_visible // columns)), rows)  # [B]
+    width = (num_visible / height).ceil()
+    row, column = torch.meshgrid(*[torch.arange(n, device=noise.device) for n in grid], indexing="ij")
+    row = (row.flatten() - (noise[:, 1:2] * rows).floor()).remainder(rows)  # [B, N], counted from the block's corner
+    column = (column.flatten() - (noise[:, 2:3] * columns).floor()).remainder(columns)
+    width = width[:, None]
+    return ~((column < width) & (row * width + column < num_visible))
+
+
+def random_places(noise, is_masked, count):
+    """noise [B, N], uniform -> ids [B, count] of masked patches, at random, ascending."""
+    return noise.masked_fill(~is_masked, 2).argsort(1)[:, :count].sort(1).values
+
+
+def patch_coordinates(grid, device):
+    """(row, column) of each patch, 0..1 from the first to the last: [N, 2]."""
+    axes = [torch.linspace(0, 1, n, device=device) for n in grid]
+    return torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).flatten(0, 1)
+
+
+def register_coordinates(count, device):
+    """Round the border of the unit square, side after side: [R, 2]."""
+    c = torch.arange(count // 4, device=device) / max(1, count // 4)
+    zero, one = torch.zeros_like(c), torch.ones_like(c)
+    return torch.cat([torch.stack(side, 1) for side in ((c, zero), (one, c), (1 - c, one), (zero, 1 - c))])
+
+
+def rotary_table(head_dim):
+    """Frequencies [2, d]: d/4 of them, geometric from 7 to 7e-4 turns; the first half of the channels turns with the row,
+    the second with the column, and each half carries them twice."""
+    n = head_dim // 4
+    freqs = 2 * math.pi * 7 * 1e-4 ** (torch.arange(n, dtype=torch.float64) / max(1, n - 1))
+    twice, zero = freqs.repeat(2), torch.zeros(2 * n, dtype=torch.float64)
+    return torch.stack([torch.cat([twice, zero]), torch.cat([zero, twice])]).float()
+
+
+def rotation(coordinates, table):
+    """[B or 1, T, 2] -> cosine and sine [B or 1, 1, T, d] of every channel's angle."""
+    angle = (coordinates @ table)[:, None]
+    return angle.cos(), angle.sin()
+
+
+def rotate(x, rope):
+    """Rotary embedding over the whole head: x [B, heads, T, d]."""
+    cos, sin = (t.to(x.dtype) for t in rope)
+    a, b = x.chunk(2, -1)
+    return x * cos + torch.cat([-b, a], -1) * sin
+
+
+def over_ranks(x, op):
+    if dist.is_initialized():
+        dist.all_reduce(x, op)
+    return x
+
+
+@torch.no_grad()
+def sinkhorn(logits, temperature=0.06, iterations=3, eps=1e-8):
+    """Balanced assignments [B, N, K], separately at each position: in turn every cluster gets the same share of the batch
+    OF ALL RANKS, and every sample is shared out wholly. The first turn is in logarithms: a sample that is far from every
+    cluster would underflow to nothing."""
+    x = logits.float() / temperature
+    top = over_ranks(x.amax(0), dist.ReduceOp.MAX)  # [N, K]
+    x = x - top - over_ranks((x - top).exp().sum(0), dist.ReduceOp.SUM).log()
+    x = x.softmax(-1)
+    for _ in range(iterations - 1):
+        x = x / (over_ranks(x.sum(0), dist.ReduceOp.SUM) + eps)
+        x = x / (x.sum(-1, keepdim=True) + eps)
+    return x
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Losses
+# ---------------------------------------------------------------------------------------------------------------
+
+def cross_entropy(logits, assignments, temperature=0.12):
+    """Soft labels, mean over samples: [..., K] twice -> scalar, in float32."""
+    return -(assignments * (logits.float() / temperature).log_softmax(-1)).sum(-1).mean()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Model
+# ---------------------------------------------------------------------------------------------------------------
+
+class Attention(nn.Module):
+    """Without biases, with rotary coordinates; of the tokens to themselves, or to a context."""
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        if dim % heads or dim // heads % 4:
+            raise BadInput(f"heads={heads}: rotary coordinates need heads whose width 4 divides, not {dim} / {heads}")
+        self.heads = heads
+        self.q_proj, self.k_proj, self.v_proj, self.proj = (nn.Linear(dim, dim, bias=False) for _ in range(4))
+
+    def forward(self, x, rope, context=None, context_rope=None):  # [B, Q, D], and [B, T, D] -> [B, Q, D]
+        context, context_rope = (x, rope) if context is None else (context, context_rope)
+        split = lambda t: t.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B, heads, T, d]
+        q, k = rotate(split(self.q_proj(x)), rope), rotate(split(self.k_proj(context)), context_rope)
+        return self.proj(attend(q, k, split(self.v_proj(context))).transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    """RMSNorm, no biases. With a context it is a block of the predictor: queries look at the context, never at each other.
+    Drop path leaves images out of the branch, which saves their compute, and scales the rest up to keep the mean."""
+
+    def __init__(self, dim, heads, drop_path=0.0):
+        super().__init__()
+        self.norm1, self.attn = nn.RMSNorm(dim, eps=1e-5), Attention(dim, heads)
+        self.norm2, self.mlp = nn.RMSNorm(dim, eps=1e-5), Mlp(dim, 4 * dim, bias=False)
+        self.drop_path = drop_path
+
+    def forward(self, x, rope, context=None, context_rope=None):  # [B, T, D]
+        tensors = rope if context is None else (*rope, context, *context_rope)
+
+        def attention(x, cos, sin, context=None, *context_rope):
+            return self.attn(self.norm1(x), (cos, sin), context, context_rope)
+        x = self.add(x, attention, tensors)
+        return self.add(x, lambda x: self.mlp(self.norm2(x)))
+
+    def add(self, x, branch, tensors=()):
+        if not (self.training and self.drop_path):
+            return x + branch(x, *tensors)
+        kept = max(1, int(len(x) * (1 - self.drop_path)))
+        some = torch.rand(len(x), device=x.device).argsort()[:kept]
+        out = branch(x[some], *[t[some] if len(t) == len(x) else t for t in tensors])
+        return x.index_add(0, some, out.to(x.dtype), alpha=len(x) / kept)
+
+
+class Backbone(nn.Module):
+    """Encoder and predictor; the student is one, the teacher is its moving average."""
+
+    def __init__(self, patch_size, in_chans, dim, depth, heads, predictor_depth, registers, drop_path=0.0, recompute=False):
+        super().__init__()
+        if registers % 4:
+            raise BadInput(f"--registers {registers}: they stand on four sides, so it has to be a multiple of 4")
+        self.recompute = recompute
+        self.patch_embed = PatchEmbed(patch_size, in_chans, dim)
+        self.registers = nn.Parameter(torch.zeros(1, registers, dim))
+        self.mask_token = nn.Parameter(torch.zeros(1, dim))
+        self.blocks = nn.ModuleList([Block(dim, heads, drop_path) for _ in range(depth)])
+        self.predictor = nn.ModuleList([Block(dim, heads, drop_path) for _ in range(predictor_depth)])
+        self.norm = nn.RMSNorm(dim, eps=1e-5, elementwise_affine=False)  # one for both, it has no gain
+        self.register_buffer("rotary", rotary_table(dim // heads), persistent=False)
+        for name, p in self.named_parameters():
+            if p.ndim > 1:
+                nn.init.trunc_normal_(p, std=0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
+
+    def forward(self, patches, coordinates):  # [B, T, P], [B or 1, T, 2] -> [B, R + T, D] after the norm, and its rotation
+        registers = self.registers.expand(len(patches), -1, -1)
+        low, high = coordinates.amin(1, keepdim=True), coordinates.amax(1, keepdim=True)  # registers: round what is visible
+        border = low + (high - low) * register_coordinates(registers.shape[1], patches.device)
+        rope = rotation(torch.cat([border, coordinates], 1), self.rotary)
+        x = torch.cat([registers, self.patch_embed(patches)], 1)
+        for block in self.blocks:
+            x = checkpoint(block, x, rope, use_reentrant=False) if self.recompute and self.training else block(x, rope)
+        return self.norm(x), rope
+
+    def predict(self, coordinates, context, context_rope, depth=None):  # [B or 1, Q, 2], [B, R + T, D] -> [B, Q, D]
+        rope = rotation(coordinates, self.rotary)
+        x = self.mask_token.expand(len(context), coordinates.shape[1], -1)
+        for block in self.predictor[:depth]:
+            x = block(x, rope, context, context_rope)
+        return self.norm(x)
+
+
+class StudentHead(nn.Module):
+    """Length 1, then a Linear whose rows have a direction and a length of their own (trained, 1 at first)."""
+
+    def __init__(self, dim, clusters):
+        super().__init__()
+        self.weight_v = nn.Parameter(torch.empty(clusters, dim))
+        self.weight_g = nn.Parameter(torch.ones(clusters, 1))
+        nn.init.trunc_normal_(self.weight_v, std=0.02)
+
+    def forward(self, x):
+        return F.linear(F.normalize(x, dim=-1), self.weight_g * F.normalize(self.weight_v, dim=1))
+
+
+class ClusterHead(nn.Module):
+    """The teacher's: the clusters, which the clustering loss alone trains."""
+
+    def __init__(self, dim, clusters):
+        super().__init__()
+        self.layer = nn.Linear(dim, clusters)
+        nn.init.normal_(self.layer.weight)
+        nn.init.zeros_(self.layer.bias)
+
+    def forward(self, x):
+        return self.layer(F.normalize(x, dim=-1, eps=1e-7))
+
+
+class CAPI(nn.Module):
+    CHUNK = 2**27  # logits that exist at the same time
+
+    def __init__(self, img_size=224, patch_size=14, in_chans=3, dim=1024, depth=24, heads=16, decoder_depth=12, registers=16,
+                 clusters=16384, mask_ratio=0.65, predict_share=0.05, drop_path=0.0, recompute=False):
+        super().__init__()
+        self.grid, self.patch_size, self.clusters = patch_grid(img_size, patch_size), patch_size, clusters  # K
+        self.num_patches = self.grid[0] * self.grid[1]  # N
+        num_masked = int(mask_ratio * self.num_patches) if 0 < mask_ratio < 1 else 0  # M
+        if not 0 < num_masked < self.num_patches:
+            raise BadInput(f"--mask-ratio {mask_ratio} leaves {num_masked} of {self.num_patches} patches masked; at least one "
+                           "must be, and one visible")
+        self.num_visible, self.num_predict = self.num_patches - num_masked, max(1, int(predict_share * num_masked))  # V, Q
+        make = lambda **options: Backbone(patch_size, in_chans, dim, depth, heads, decoder_depth, registers, **options)
+        self.student, self.student_head = make(drop_path=drop_path, recompute=recompute), StudentHead(dim, clusters)
+        self.teacher, self.cluster_head = make().requires_grad_(False), ClusterHead(dim, clusters)
+        self.teacher.load_state_dict(self.student.state_dict())
+
+    def forward(self, images, mask=None, num_visible=None, predict=None, num_predict=None):
+        """images [B, C, H, W]; mask bool [B, N], True = masked, the same number in each row; predict bool [B, N], which of
+        them are predicted; None draws one. A GPU waits for the counts, where they are not said. -> loss, logs."""
+        B, N, device = len(images), self.num_patches, images.device
+        if mask is None:
+            mask, num_visible = inverse_block(torch.rand(B, 3, device=device), self.grid, self.num_visible), self.num_visible
+        if predict is None:
+            ids_predict = random_places(torch.rand(B, N, device=device), mask, self.num_predict)
+        else:
+            ids_predict = split_ids(~predict, num_predict or int(predict[0].sum()))[0]
+        ids_visible, _ = split_ids(mask, num_visible or int((~mask[0]).sum()))
+        patches, places = patchify(images, self.patch_size), patch_coordinates(self.grid, device)[None]  # [B, N, P], [1, N, 2]
+
+        with torch.no_grad():
+            target = self.teacher(patches, places)[0][:, -N:]  # [B, N, D]
+        assignments, clustering_loss = self.cluster(target)  # [B, N, K]
+        context, rope = self.student(gather(patches, ids_visible), gather(places, ids_visible))  # [B, R + V, D]
+        pred = self.student.predict(gather(places, ids_predict), context, rope)  # [B, Q, D]
+        capi_loss = cross_entropy(self.student_head(pred), gather(assignments, ids_predict))
+
+        with torch.no_grad():
+            share = assignments.float()
+            used = torch.zeros(self.clusters, device=device).scatter_(0, share.argmax(-1).flatten(), 1)
+            logs = {"capi_loss": capi_loss.detach(), "clustering_loss": clustering_loss.detach(), "target_entropy":
+                    torch.special.entr(share).sum(-1).mean(), "clusters_used": used.mean(), "pred_std": spread(pred),
+                    "target_std": spread(target)}
+        return capi_loss + clustering_loss, logs
+
+    def cluster(self, target):
+        """Teacher features [B, N, D] -> assignments [B, N, K] and the clustering loss. Positions do not know of each other,
+        so that they can come in chunks; the logits of a chunk are made again in the backward pass."""
+        def loss_of(x, assignments):
+            return cross_entropy(self.cluster_head(x), assignments) * x.shape[1]
+        assignments, loss = [], 0
+        for x in target.split(max(1, self.CHUNK // (len(target) * self.clusters)), 1):
+            with torch.no_grad():
+                logits = self.cluster_head(x)
+                assignments.append(sinkhorn(logits).to(logits.dtype))
+            whole = x.shape[1] == target.shape[1]
+            loss = loss + (loss_of(x, assignments[-1]) if whole else checkpoint(loss_of, x, assignments[-1], use_reentrant=False))
+        return torch.cat(assignments, 1), loss / target.shape[1]
+
+    def tokens(self, images):
+        """The teacher's: registers [B, R, D], patches [B, N, D] after the final norm, and the pooled vector [B, D]."""
+        grid = patch_grid(images.shape[2:], self.patch_size)
+        places = patch_coordinates(grid, images.device)[None]
+        context, rope = self.teacher(patchify(images, self.patch_size), places)
+        pooled = self.teacher.predict(places, context, rope, depth=1).mean(1)
+        return context[:, :-places.shape[1]], context[:, -places.shape[1]:], pooled
+
+    def encode(self, images):
+        """images -> pooled [B, D], patches [B, N, D]: the teacher (the student's moving average), nothing masked, after the
+        final norm. pooled: the first predictor block with a mask token at every place, each output normed, then the mean.
+        Any image size that the patch divides: positions are coordinates."""
+        _, patches, pooled = self.tokens(images)
+        return pooled, patches
+
+    @classmethod
+    def from_released(cls, state_dict, **sizes):
+        """A model from the authors' file: student and teacher with their heads, or the one backbone that was released
+        (`backbone.`), with its predictor or without; what a file has not is left as it is initialised, and said. Sizes are
+        read from the tensors; heads cannot be (usual ones unless said), nor img_size, which encode takes as it comes."""
+        state = {rename(name): t for name, t in state_dict.get("model", state_dict).items()}
+        missing = {"teacher.registers", "teacher.patch_embed.proj.weight", "teacher.blocks.0.attn.q_proj.weight"} - state.keys()
+        if missing:
+            raise BadInput(f"not a released CAPI: it has no {', '.join(sorted(missing))}")
+        dim, in_chans, p, _ = state["teacher.patch_embed.proj.weight"].shape
+        sizes = {"img_size": 16 * p, "patch_size": p, "in_chans": in_chans, "dim": dim, "registers":
+                 state["teacher.registers"].shape[1], "depth": count_blocks(state, "teacher.blocks"), "heads": usual_heads(dim),
+                 "decoder_depth": count_blocks(state, "teacher.predictor") or 1} | {
+                 "clusters": len(state[k]) for k in ("cluster_head.layer.weight", "student_head.weight_v") if k in state} | sizes
+        model = cls(**sizes)
+        for name in [n for n in state if n.endswith("rope.freqs")]:  # the same fixed table in each block
+            if not torch.allclose(state.pop(name).float(), model.teacher.rotary, rtol=1e-5):
+                raise BadInput(f"not a released CAPI of these sizes: other rotary frequencies in {name}")
+        if not any(name.startswith("student.") for name in state):
+            state |= {name.replace("teacher.", "student.", 1): t for name, t in state.items() if name.startswith("teacher.")}
+        fresh = model.state_dict()
+        for part in ("student.predictor.", "student.mask_token", "teacher.predictor.", "teacher.mask_token", "student_head.",
+                     "cluster_head."):
+            if not any(name.startswith(part) for name in state):
+                print(f"from_released: the file has no {part.rstrip('.')}; it is left as it is initialised")
+                state |= {name: t for name, t in fresh.items() if name.startswith(part)}
+        return load_strictly(model, state, "a released CAPI")
+
+
+def rename(name):
+    """A parameter's name in the authors' program -> here. A single released backbone is the teacher's."""
+    name = re.sub(r"^(module\.)?backbone\.", "teacher.backbone.", name)
+    for theirs, ours in (("student.head.last_layer.", "student_head."), ("teacher.head.", "cluster_head."), ("backbone.", ""),
+                         ("encoder.blocks.", "blocks."), ("decoder.blocks.", "predictor."), ("residual1.norm.", "norm1."),
+                         ("residual2.norm.", "norm2."), ("residual1.fn.", "attn."), ("residual2.fn.", "mlp."),
+                         ("patch_embed.", "patch_embed.proj.")):
+        name = name.replace(theirs, ours)
+    return name
+
+
+def student_groups(model, weight_decay):
+    """The student's parameters for AdamW: the patch projection at a fifth of the rate, the gains of norms at a tenth of the
+    decay, biases without decay."""
+    groups = {}
+    for name, p in [*model.student.named_parameters(), *model.student_head.named_parameters()]:
+        scale = 0.2 if name.startswith("patch_embed.") else 1.0
+        decay = 0.0 if name.endswith("bias") else 0.1 if "norm" in name else 1.0
+        groups.setdefault((scale, decay), []).append(p)
+    return [{"params": ps, "scale": scale, "weight_decay": decay * weight_decay} for (scale, decay), ps in groups.items()]
+
+
+def cut_cosine(step, total, warmup):
+    """0 to 1 in the warm-up, then a cosine towards 0 that ends at 80 % of its way: the shape of everything that moves."""
+    if step < warmup:
+        return step / warmup
+    return 0.5 * (1 + math.cos(0.8 * math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Training
+# ---------------------------------------------------------------------------------------------------------------
+
+def build(cfg):
+    dim, depth, heads = MODELS[cfg.model]
+    return CAPI(img_size=cfg.img_size, patch_size=cfg.patch_size, in_chans=cfg.in_chans, dim=dim, depth=depth, heads=heads,
+                decoder_depth=cfg.predictor_depth, registers=cfg.registers, clusters=cfg.clusters or min(16384, cfg.batch_size),
+                mask_ratio=cfg.mask_ratio, predict_share=cfg.predict_share, drop_path=cfg.drop_path, recompute=cfg.recompute)
+
+
+def train(cfg):
+    # -- set-up: everything that can be wrong is found out here, before anything is written
+    cfg, run = start(cfg)
+    torch.manual_seed(cfg.seed)
+    model = build(cfg).to(run.device)
+    train_set, val_set = load_data(cfg, run)
+    steps = lambda epochs: max(1, round(epochs * len(train_set) / cfg.batch_size))
+    total, warmup = steps(cfg.epochs), steps(cfg.warmup_epochs) if cfg.warmup_epochs else 0
+    peak_lr = cfg.base_lr * cfg.batch_size / 256
+    fused = run.device.type in ("cpu", "cuda")
+    optimizer = torch.optim.AdamW(student_groups(model, cfg.weight_decay), lr=peak_lr, betas=cfg.betas, fused=fused)
+    cluster_optimizer = torch.optim.AdamW([{"params": [*model.cluster_head.parameters()], "scale": cfg.cluster_lr}], lr=peak_lr,
+                                          betas=cfg.betas, weight_decay=0.01, fused=fused)
+    scaler = torch.amp.GradScaler(run.device.type, enabled=run.amp is torch.float16)
+
+    first, state = 0, find_resume(cfg, "capi", run)
+    if state:
+        first = state["step"]
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        cluster_optimizer.load_state_dict(state["cluster_optimizer"])
+        scaler.load_state_dict(state["scaler"])
+        torch.set_rng_state(state["rng"])
+        if first >= total:
+            run.say(f"nothing to do: {first} of {total} steps are done; more --epochs goes on, --resume no starts over")
+            return 0
+    log = Log(cfg, "capi", run, first)
+    run.describe(cfg, model, total, peak_lr)
+
+    if run.compile:
+        model.compile()  # in place: the names in a checkpoint stay as they are
+    ddp = DistributedDataParallel(model, device_ids=[run.local_rank] if run.device.type == "cuda" else None,
+                                  gradient_as_bucket_view=True, broadcast_buffers=False) if run.world > 1 else model
+
+    # -- what is looked at along the way: frozen features, and a picture of the same images: PCA of patches at both sizes, clusters
+    show = next(eval_batches(cfg, run, val_set or train_set, torch.arange(min(8, len(val_set or train_set)))))[0]
+
+    def look(step, **scores):
+        scores |= check_health(model.encode, cfg, run, train_set, val_set)
+        warn_of_trouble(run, scores)
+        log.write(step=step, images=step * cfg.batch_size, **scores)
+        if run.main:
+            height, width = show.shape[2:]
+            larger = F.interpolate(show, scale_factor=2, mode="bicubic", antialias=True)  # and positions twice as dense
+            small, large = model.encode(show)[1].float(), model.encode(larger)[1].float()
+            clusters = model.cluster_head(small).argmax(-1).unflatten(1, model.grid)  # [n, gh, gw]
+            colours = draw((model.clusters, 3), "cpu", "colours").to(run.device)[clusters].permute(0, 3, 1, 2)
+            save_picture(Path(cfg.out, "features.png"), [
+                denormalise(show, cfg), pca_colours(small, model.grid, (height, width)),
+                F.interpolate(pca_colours(large, [2 * n for n in model.grid], (height, width)), (height, width), mode="nearest"),
+                F.interpolate(colours, (height, width), mode="nearest")])
+
+    if first == 0:
+        raw = check_health(raw_pixels, cfg, run, train_set, val_set)
+        look(0, **{f"raw_{k}": v for k, v in raw.items() if k.startswith("knn")})
+
+    # -- the loop
+    stream = train_batches(cfg, run, train_set, cfg.crop_scale, first, total)
+    bar = tqdm(total=total * cfg.batch_size, initial=first * cfg.batch_size, unit="img", unit_scale=True,
+               disable=not run.main, smoothing=0.05, mininterval=0.2 if sys.stderr.isatty() else 30)
+    clock, waited, bad = time.perf_counter(), 0.0, torch.zeros((), device=run.device)
+    logged = first
+    for step in range(first + 1, total + 1):
+        shape = cut_cosine(step - 1, total, warmup)
+        lr, momentum = peak_lr * shape, 1 - (1 - cfg.ema) * shape
+        for group in [*optimizer.param_groups, *cluster_optimizer.param_groups]:
+            group["lr"] = lr * group["scale"]
+
+        torch.manual_seed(seed_of("drop path", cfg.seed, step, run.rank))
+        values = 0
+        for micro in range(cfg.accum):
+            began = time.perf_counter()
+            images = next(stream)  # [m, C, H, W]
+            waited += time.perf_counter() - began
+            noise = draw((cfg.batch_size, 3 + model.num_patches), run.device, "mask", cfg.seed, step)[run.rows(cfg, micro)]
+            mask = inverse_block(noise[:, :3], model.grid, model.num_visible)
+            predict = torch.zeros_like(mask).scatter_(1, random_places(noise[:, 3:], mask, model.num_predict), True)
+            if run.world > 1:  # gradients travel once, with the last micro-batch
+                ddp.require_backward_grad_sync = micro == cfg.accum - 1
+            with run.autocast():
+                loss, logs = ddp(images, mask, model.num_visible, predict, model.num_predict)
+            scaler.scale(loss / cfg.accum).backward()
+            values = values + torch.stack([loss.detach(), *logs.values()]) / cfg.accum
+
+        scaler.unscale_(optimizer)
+        scaler.unscale_(cluster_optimizer)
+        student = [*model.student.parameters(), *model.student_head.parameters()]
+        grad_norm = nn.utils.clip_grad_norm_(student, cfg.clip_grad or math.inf)  # the student's alone: nothing crosses
+        scaler.step(optimizer)
+        scaler.step(cluster_optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        cluster_optimizer.zero_grad(set_to_none=True)
+        update_ema(model.teacher, model.student, momentum)
+        bad += ~values[0].isfinite()  # counted on the device, so that no step waits for it
+        bar.update(cfg.batch_size)
+
+        save = step % steps(cfg.save_every) == 0 or step == total
+        evaluate = step == total or cfg.eval_every and step % steps(cfg.eval_every) == 0
+        if step % cfg.log_every == 0 or save or evaluate or run.asked_to_stop:
+            # the only wait for the device: one vector, averaged over the processes, which so agree on what it says
+            *values, norm, bad_steps, stop = run.average(torch.stack(
+                [*values, grad_norm, bad, bad.new_tensor(float(run.signal > 0))])).tolist()
+            if bad_steps:
+                last = Path(cfg.out, "last.pt")
+                run.say(f"error: the loss is not finite since step {step + 1 - math.ceil(bad_steps)} (now lr {lr:.3g}, "
+                        f"gradient norm {norm:.3g}); " + (f"{last} is the last good checkpoint, untouched" if last.exists()
+                        else "no checkpoint had been saved yet"), sys.stderr)
+                return 1
+            seconds, images_seen = time.perf_counter() - clock, (step - logged) * cfg.batch_size
+            names = ["loss", *logs]
+            log.write(step=step, images=step * cfg.batch_size, lr=lr, **dict(zip(names, values)), grad_norm=norm,
+                      images_per_s=images_seen / seconds, data_wait=waited / seconds)
+            bar.set_postfix(loss=f"{values[0]:.4f}", lr=f"{lr:.2e}")
+            logs_now = dict(zip(names, values))
+            warn_of_trouble(run, logs_now)
+            if logs_now["clusters_used"] * model.clusters < 1.5:
+                run.warn("collapse to one cluster", "every patch is assigned to the same one")
+            if logs_now["target_entropy"] > 0.99 * math.log(model.clusters):
+                run.warn("all-equal assignments", f"target_entropy {logs_now['target_entropy']:.3f} is that of chance")
+            run.warn_if_data_bound(waited / seconds)
+            if evaluate:
+                look(step)
+            if save or stop:
+                run.save(cfg, method="capi", config=dataclasses.asdict(cfg), step=step, model=model.state_dict(),
+                         optimizer=optimizer.state_dict(), cluster_optimizer=cluster_optimizer.state_dict(), scaler=scaler.state_dict(), rng=torch.get_rng_state())
+            if stop:
+                run.say(f"stopped by a signal after step {step}; the same command goes on from here")
+                return 128 + (run.signal or 15)
+            clock, waited, logged = time.perf_counter(), 0.0, step
+    bar.close()
+    log.summary(cfg)
+    return 0
+
+
+if __name__ == "__main__":
+    main(train, Config, __doc__)
