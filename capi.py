@@ -158,12 +158,13 @@ def rotary_table(head_dim):
 
 def rotation(coordinates, table):
     """[B or 1, T, 2] -> cosine and sine [B or 1, 1, T, d] of every channel's angle."""
-    angle = (coordinates @ table)[:, None]
+    angle = (coordinates[..., :1] * table[0] + coordinates[..., 1:] * table[1])[:, None]  # no @: autocast would round angles
     return angle.cos(), angle.sin()
 
 
 def rotate(x, rope):
-    """Rotary embedding over the whole head: x [B, heads, T, d]."""
+    """Rotary embedding over the whole head: x [B, heads, T, d]. A channel's partner is half a head away, so one of the two
+    turns with the row and the other with the column: the authors' choice, not the usual rotation of a plane."""
     cos, sin = (t.to(x.dtype) for t in rope)
     a, b = x.chunk(2, -1)
     return x * cos + torch.cat([-b, a], -1) * sin
@@ -403,17 +404,18 @@ class CAPI(nn.Module):
                  "clusters": len(state[k]) for k in ("cluster_head.layer.weight", "student_head.weight_v") if k in state} | sizes
         model = cls(**sizes)
         for name in [n for n in state if n.endswith("rope.freqs")]:  # the same fixed table in each block
-            if not torch.allclose(state.pop(name).float(), model.teacher.rotary, rtol=1e-5):
+            freqs, own = state.pop(name).float(), model.teacher.rotary
+            if freqs.shape != own.shape or not torch.allclose(freqs, own, rtol=1e-5):
                 raise BadInput(f"not a released CAPI of these sizes: other rotary frequencies in {name}")
         if not any(name.startswith("student.") for name in state):
             state |= {name.replace("teacher.", "student.", 1): t for name, t in state.items() if name.startswith("teacher.")}
         fresh = model.state_dict()
-        for part in ("student.predictor.", "student.mask_token", "teacher.predictor.", "teacher.mask_token", "student_head.",
-                     "cluster_head."):
-            if not any(name.startswith(part) for name in state):
+        for part in ("student.mask_token", "student.predictor.", "teacher.mask_token", "teacher.predictor.", "student_head.",
+                     "cluster_head."):  # a predictor without its mask token is a broken file
+            if not any(name.startswith((part, part.replace("mask_token", "predictor."))) for name in state):
                 print(f"from_released: the file has no {part.rstrip('.')}; it is left as it is initialised")
                 state |= {name: t for name, t in fresh.items() if name.startswith(part)}
-        return load_strictly(model, state, "a released CAPI")
+        return load_strictly(model, state, "a released CAPI", sizes)
 
 
 def rename(name):

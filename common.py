@@ -201,8 +201,9 @@ def count_blocks(state, prefix):
     return len({name[len(prefix) + 1:].split(".")[0] for name in state if name.startswith(prefix + ".")})
 
 
-def load_strictly(model, state, what):
-    """Every name and every size has to be right, both ways."""
+def load_strictly(model, state, what, sizes=None):
+    """Every name and every size has to be right, both ways. The model remembers the sizes that it was made with."""
+    model.sizes = sizes
     try:
         model.load_state_dict(state, strict=True)
     except RuntimeError as error:
@@ -391,6 +392,7 @@ NAMED = {  # name: (torchvision's class, options of the training set, of the tes
     "imagenette": ("Imagenette", {"split": "train", "size": "320px"}, {"split": "val", "size": "320px"}, False),
     "flowers102": ("Flowers102", {"split": "train"}, {"split": "test"}, False),
     "food101": ("Food101", {"split": "train"}, {"split": "test"}, False),
+    "clevr_count": ("CLEVRClassification", {"split": "train"}, {"split": "val"}, False),
     "oxford_pets": ("OxfordIIITPet", {"split": "trainval"}, {"split": "test"}, False),
 }
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".npy")
@@ -741,9 +743,10 @@ LEAST = {"in_chans": 1, "batch_size": 1, "accum": 1, "log_every": 1, "save_every
          "warmup_epochs": 0, "base_lr": 0, "weight_decay": 0, "clip_grad": 0, "workers": -1, "patch_size": 0, "seed": 0}
 
 
-def flag(default, help, choices=None, least=None, most=math.inf):
-    """A method's own Config field, with its line of help and its least and greatest value."""
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "least": least, "most": most})
+def flag(default, help, choices=None, least=None, most=math.inf, positional=False):
+    """A program's own Config field, with its line of help and its least and greatest value."""
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "least": least, "most": most,
+                                                        "positional": positional})
 
 
 class Parser(argparse.ArgumentParser):
@@ -756,20 +759,25 @@ def parse_args(Config, doc="", argv=None):
     parser = Parser(description=doc.strip().split("\n\n")[0], allow_abbrev=False,
                     formatter_class=functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=34, width=110),
                     epilog="exit status: 0 done, 1 the loss was not finite, 2 bad input, 128 + n stopped by signal n (saved)")
-    groups = {name: parser.add_argument_group(name) for name in ("the method", "model", "data", "training", "run")}
     types = typing.get_type_hints(Config)
+    groups = {name: parser.add_argument_group(title) for name, title in {
+        "own": "the method" if "model" in types else "what to do", "model": "model", "data": "data", "training": "training",
+        "run": "run"}.items()}
     for field in dataclasses.fields(Config):
         group, text, choices = (*SHARED[field.name], None)[:3] if field.name in SHARED else \
-            ("the method", field.metadata["help"], field.metadata["choices"])
+            ("own", field.metadata["help"], field.metadata["choices"])
         shown = " ".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
         options = {"default": field.default, "help": f"{text} [{shown}]" if shown != "" else text}
         if types[field.name] is bool:
             options["action"] = argparse.BooleanOptionalAction
         elif typing.get_origin(types[field.name]) is tuple:
-            options |= {"nargs": "+", "type": typing.get_args(types[field.name])[0], "metavar": "X"}
+            options |= {"nargs": "+", "type": typing.get_args(types[field.name])[0], "metavar": "X", "choices": choices}
         else:
             options |= {"type": types[field.name], "choices": choices} | ({} if choices else {"metavar": "X"})
-        groups[group].add_argument("--" + field.name.replace("_", "-"), **options)
+        if field.metadata.get("positional"):
+            parser.add_argument(field.name, help=text)
+        else:
+            groups[group].add_argument("--" + field.name.replace("_", "-"), **options)
     values, unknown = parser.parse_known_args(argv)
     if unknown:
         known = [s for action in parser._actions for s in action.option_strings]
@@ -1139,17 +1147,20 @@ def effective_rank(features):
     return math.exp(-(p * p.clamp(min=1e-12).log()).sum().item())
 
 
+def pooled_and_mean(pooled, patches):
+    return torch.stack([pooled.float(), patches.float().mean(1)], 1)
+
+
 @torch.no_grad()
-def features_of(encode, cfg, run, data, most):
-    """Pooled features [n, D], mean patch features [n, D] and labels of at most `most` images, spread evenly over the
+def features_of(encode, cfg, run, data, most, take=pooled_and_mean):
+    """What `take` makes of (pooled, patches) [n, ...], and the labels, of at most `most` images, spread evenly over the
     set; each process does its share."""
     ids = torch.linspace(0, len(data) - 1, min(most, len(data))).long()
     mine = ids[torch.arange(run.rank, len(ids) + run.world - 1 - (len(ids) - 1) % run.world, run.world) % len(ids)]
     features, labels = [], []
     for images, names in eval_batches(cfg, run, data, mine):
         with run.autocast():
-            pooled, patches = encode(images)
-        features.append(torch.stack([pooled.float(), patches.float().mean(1)], 1))
+            features.append(take(*encode(images)))
         labels.append(names)
     features, labels = torch.cat(features), {k: torch.cat([l[k] for l in labels]).to(run.device) for k in labels[0]}
     everyone = lambda t: t  # [share, ...] of each process -> [n, ...] in order
@@ -1158,18 +1169,19 @@ def features_of(encode, cfg, run, data, most):
             parts = [torch.empty_like(t) for _ in range(run.world)]
             dist.all_gather(parts, t.contiguous())
             return torch.stack(parts, 1).flatten(0, 1)[:len(ids)]
-    return *everyone(features).unbind(1), {k: everyone(y) for k, y in labels.items()}
+    return everyone(features), {k: everyone(y) for k, y in labels.items()}
 
 
 def check_health(encode, cfg, run, train_set, val_set):
     """Frozen features of the pictures as they are: effective rank and spread of the pooled ones; k-NN accuracy per
     label in percent, of the pooled ones (`knn_`) and of the mean over patches (`mean_knn_`). For k-NN every channel is
     standardised first, as MAE's and PiLaMIM's linear probes do it: else the few loudest channels decide alone."""
-    *galleries, labels = features_of(encode, cfg, run, train_set, GALLERY)
+    features, labels = features_of(encode, cfg, run, train_set, GALLERY)
+    galleries = features.unbind(1)
     scores = {"rank": effective_rank(galleries[0][:QUERIES]), "feature_std": galleries[0].std(0).mean().item()}
     if val_set is not None and labels:
-        *queries, truth = features_of(encode, cfg, run, val_set, QUERIES)
-        for prefix, known, asked in zip(("knn_", "mean_knn_"), galleries, queries):
+        queries, truth = features_of(encode, cfg, run, val_set, QUERIES)
+        for prefix, known, asked in zip(("knn_", "mean_knn_"), galleries, queries.unbind(1)):
             mean, std = known.mean(0), known.std(0) + 1e-6
             known, asked = (known - mean) / std, (asked - mean) / std
             for name, y in labels.items():

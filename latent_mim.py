@@ -110,10 +110,10 @@ def cell_crops(images, grid, p, offsets):
     cells = patchify(images, cell)  # [B, N, cell * cell * C]
     if cell == p:
         return cells
-    step = torch.tensor([cell * chans, chans], device=images.device)  # one row down, one column to the right
+    corner = (offsets[..., :1] * cell + offsets[..., 1:]) * chans  # [B, N, 1], the patch's first number in its cell
     row, column, channel = torch.meshgrid(*[torch.arange(n, device=images.device) for n in (p, p, chans)], indexing="ij")
     inside = (row * cell + column) * chans + channel  # [p, p, C]
-    return cells.gather(2, (offsets * step).sum(-1, keepdim=True) + inside.flatten())
+    return cells.gather(2, corner + inside.flatten())
 
 
 def random_offsets(noise, gap):
@@ -228,7 +228,8 @@ class Decoder(nn.Module):
         pos = self.pos_embed[:, 1:]
         pos_visible, pos_masked = gather(pos, ids_visible), gather(pos, ids_masked)
         # The visual cue: what is visible, averaged with more weight on what is near (by positions alone).
-        near = (pos_masked @ pos_visible.mT / pos.shape[-1] ** 0.5).softmax(-1)  # [B, M, V]
+        with torch.autocast(pos.device.type, enabled=False):  # bf16 would be off by several percent
+            near = (pos_masked @ pos_visible.mT / pos.shape[-1] ** 0.5).softmax(-1)  # [B, M, V]
         queries = self.mask_token + near @ context[:, 1:] + pos_masked  # [B, M, E]
         queries = torch.cat([self.cls_token.expand(len(queries), -1, -1), queries], 1)
         context = torch.cat([context[:, :1], context[:, 1:] + pos_visible], 1)
@@ -310,13 +311,13 @@ class LatentMIM(nn.Module):
         in_chans = sizes.get("in_chans", 3)
         patch_size = math.isqrt(state["encoder.patch_embed.proj.weight"].shape[1] // in_chans)
         for name in ("encoder.patch_embed.proj.weight", "teacher.patch_embed.proj.weight"):  # a Linear over (row, column,
-            if name in state:  # channel), which is how PatchEmbed computes but not how it is stored
+            if name in state and state[name].shape[1] == patch_size**2 * in_chans:  # channel), as PatchEmbed computes it
                 state[name] = state[name].unflatten(1, (patch_size, patch_size, in_chans)).permute(0, 3, 1, 2).contiguous()
-        sizes = {"img_size": math.isqrt(length - 1) * patch_size, "patch_size": patch_size, "dim": dim,
+        sizes = {"img_size": math.isqrt(length - 1) * patch_size, "patch_size": patch_size, "in_chans": in_chans, "dim": dim,
                  "depth": count_blocks(state, "encoder.blocks"), "heads": usual_heads(dim),
                  "proj_dim": len(state["encoder.head.linear0.weight"]), "decoder_dim": len(state["decoder.embed.weight"]),
                  "decoder_depth": count_blocks(state, "decoder.blocks")} | sizes
-        return load_strictly(cls(**sizes), state, "a released Latent MIM")
+        return load_strictly(cls(**sizes), state, "a released Latent MIM", sizes)
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -206,7 +206,7 @@ class MAE(nn.Module):
         if not full:
             print("from_released: an encoder without its decoder; the decoder is left as it is initialised")
             state = {k: v for k, v in model.state_dict().items() if k.startswith(("decoder", "mask_token"))} | state
-        return load_strictly(model, state, "a released MAE")
+        return load_strictly(model, state, "a released MAE", sizes)
 
 
 def paste(images, pred, mask, p, grid, norm_pix):

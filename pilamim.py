@@ -229,13 +229,13 @@ class PiLaMIM(nn.Module):
         for name, t in state.items():
             if name.endswith("pos_embed"):  # [N, 1, D] there
                 state[name] = t.transpose(0, 1)
-            elif name.startswith("decoder.head."):  # a patch there is (channel, row, column), here channel is the last
+            elif name.startswith("decoder.head.") and len(t) == in_chans * p * p:  # channel comes first there, here last
                 state[name] = t.unflatten(0, (in_chans, p * p)).transpose(0, 1).flatten(0, 1)
         sizes = {"img_size": math.isqrt(state["encoder.pos_embed"].shape[1]) * p, "patch_size": p, "in_chans": in_chans,
                  "dim": dim, "depth": count_blocks(state, "encoder.blocks"), "heads": usual_heads(dim),
                  "decoder_dim": len(state["decoder.embed.weight"]),
                  "decoder_depth": count_blocks(state, "decoder.blocks")} | sizes
-        return load_strictly(cls(**sizes), state, "a released PiLaMIM")
+        return load_strictly(cls(**sizes), state, "a released PiLaMIM", sizes)
 
 
 def rename(name):

@@ -47,7 +47,7 @@ from tqdm import tqdm
 
 from common import (MODELS, BadInput, Block, LayerNorm, Log, PatchEmbed, check_health, count_blocks,
                     denormalise, draw, eval_batches, find_resume, flag, gather, load_data,
-                    load_strictly, main, normalise, param_groups, patch_grid, patchify, pca_colours,
+                    load_strictly, main, normalise, param_groups, patch_grid, patchify, pca_colours, per_channel,
                     random_mask, raw_pixels, read_checkpoint, resize_positions, save_picture,
                     seed_of, split_ids, spread, start, train_batches, usual_heads, warmup_cosine,
                     warn_of_trouble)
@@ -115,7 +115,13 @@ class Config:
 def with_recipe(cfg):
     """The Config with its open values taken from the recipe of its target."""
     recipe = RECIPES[cfg.target] | (RECIPES["baseline"] if cfg.baseline else {})
-    return dataclasses.replace(cfg, **{k: v for k, v in recipe.items() if getattr(cfg, k) in (-1, ())})
+    cfg = dataclasses.replace(cfg, **{k: v for k, v in recipe.items() if getattr(cfg, k) in (-1, ())})
+    for name in ("mask_ratio", "jitter", "drop_path", "last_lr"):
+        if getattr(cfg, name) < 0:
+            raise BadInput(f"--{name.replace('_', '-')} {getattr(cfg, name)} is neither -1 (the target's own) nor from 0 up")
+    if cfg.in_chans != 3 and (cfg.jitter or cfg.target == "dvae"):
+        raise BadInput(f"--in-chans {cfg.in_chans}: --target dvae and --jitter need 3, they are for colour images")
+    return cfg
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -131,7 +137,8 @@ def hog_target(images, p, bins=9):
     """Histograms of oriented gradients after MaskFeat: normalised images [B, C, H, W] -> [B, N, C * bins * cells], each
     cell's histogram of length 1; in a patch (channel, bin) come first, then the row and column of the cell."""
     cell, chans = hog_cell(p), images.shape[1]
-    kernel = torch.tensor([[1.0, 0, -1], [2, 0, -2], [1, 0, -1]], device=images.device)
+    steps = torch.arange(3.0, device=images.device)
+    kernel = torch.outer(2 - (steps - 1).abs(), 1 - steps)  # rows (1, 0, -1), (2, 0, -2), (1, 0, -1)
     kernel = torch.stack([kernel, kernel.T])[:, None].repeat(chans, 1, 1, 1)  # [C * 2, 1, 3, 3]
     gradient = F.conv2d(F.pad(images.float(), (1, 1, 1, 1), "reflect"), kernel, groups=chans)
     gx, gy = gradient.unflatten(1, (chans, 2)).unbind(2)  # each [B, C, H, W]
@@ -153,8 +160,9 @@ class Tokenizer:
 
     def __init__(self, weights, device="cpu"):
         names = {f"blocks.{b}.{kind}" for kind in ("w", "b") for b in ["input", "output.conv"] +
-                 [f"group_{g}.block_{n}.res_path.conv_{c}" for g in (1, 2, 3, 4) for n in (1, 2) for c in (1, 2, 3, 4)]}
-        wrong = sorted(names - weights.keys()) + sorted(n for n in weights.keys() - names if ".id_path." not in n)
+                 [f"group_{g}.block_{n}.res_path.conv_{c}" for g in (1, 2, 3, 4) for n in (1, 2) for c in (1, 2, 3, 4)] +
+                 [f"group_{g}.block_1.id_path" for g in (2, 3, 4)]}
+        wrong = sorted(names ^ weights.keys())
         if wrong:
             raise BadInput(f"not the dVAE's encoder (dalle_encoder.pth): {wrong[0]} is missing or unknown")
         self.weights = {name: t.float().to(device) for name, t in weights.items()}
@@ -198,7 +206,7 @@ def colour_jitter(images, noise, strength):
     """Brightness, then contrast, then saturation, each by a factor from 1 - strength to 1 + strength: images [B, 3, H, W]
     in 0..1, noise [B, 3] uniform. torchvision's operations on a whole batch."""
     brightness, contrast, saturation = (1 + strength * (2 * noise - 1))[:, :, None, None, None].unbind(1)
-    grey = lambda x: (x * torch.tensor([0.2989, 0.587, 0.114], device=x.device).view(3, 1, 1)).sum(1, keepdim=True)
+    grey = lambda x: (x * per_channel((0.2989, 0.587, 0.114), x.device)).sum(1, keepdim=True)
     images = (images * brightness).clamp(0, 1)
     mean = grey(images).mean((2, 3), keepdim=True)
     images = (mean + contrast * (images - mean)).clamp(0, 1)
@@ -284,7 +292,8 @@ class SemanticMIM(nn.Module):
         ids_visible, ids_masked = split_ids(mask, num_visible or int((~mask[0]).sum()))
         pred = self.head(self.mask_latents(patchify(images, self.patch_size), ids_visible, ids_masked)).float()  # [B, M, .]
         if self.target == "hog":
-            target = gather(hog_target(images, self.patch_size), ids_masked)
+            with torch.autocast(images.device.type, enabled=False):  # angles in float32
+                target = gather(hog_target(images, self.patch_size), ids_masked)
             loss = (pred - target).square().mean()
             logs = {"loss_of_mean": target.var(unbiased=False), "pred_std": spread(pred), "target_std": spread(target)}
         else:
@@ -313,8 +322,9 @@ class SemanticMIM(nn.Module):
     @torch.no_grad()
     def attention(self, images):
         """The last layer's attention, averaged over heads [B, K + N, K + N]: row i is where token i looks (Fig. 1)."""
-        last = self.blocks[-1]
-        q, k, _ = last.attn.project(last.norm1(self.tokens(images, self.blocks[:-1])))
+        last, training = self.blocks[-1], self.training
+        q, k, _ = last.attn.project(last.norm1(self.eval().tokens(images, self.blocks[:-1])))
+        self.train(training)
         return (q.float() @ k.float().mT / q.shape[-1] ** 0.5).softmax(-1).mean(1)
 
     @classmethod
@@ -328,7 +338,7 @@ class SemanticMIM(nn.Module):
             raise BadInput(f"not a released SemanticMIM: it has no {', '.join(sorted(missing))}")
         for name in [n for n in state if n.endswith(("attn.q.weight", "attn.q.bias", "attn.q_proj.weight"))]:
             both = name.replace("attn.q", "attn.kv")  # q and kv there, one matrix here
-            if both in state:
+            if both in state and state[name].shape[1:] == state[both].shape[1:]:
                 state[re.sub(r"q(_proj)?\.", "qkv.", name)] = torch.cat([state.pop(name), state.pop(both)])
         state = {rename(name): t for name, t in state.items()}
         dim, in_chans, p, _ = state["patch_embed.proj.weight"].shape
@@ -338,7 +348,7 @@ class SemanticMIM(nn.Module):
                  "dim": dim, "depth": count_blocks(state, "blocks"), "heads": usual_heads(dim), "num_proxy": num_proxy,
                  "target": "dvae" if "blocks.0.ls1.gamma" in state else "hog", "vocab": len(state["head.weight"]),
                  "baseline": baseline} | sizes
-        return load_strictly(cls(**sizes), state, "a released SemanticMIM")
+        return load_strictly(cls(**sizes), state, "a released SemanticMIM", sizes)
 
 
 def rename(name):
@@ -386,8 +396,6 @@ def train(cfg):
     # -- set-up: everything that can be wrong is found out here, before anything is written
     cfg, run = start(with_recipe(cfg))
     torch.manual_seed(cfg.seed)
-    if cfg.target == "dvae" and cfg.in_chans != 3:
-        raise BadInput(f"--target dvae needs --in-chans 3, not {cfg.in_chans}: its tokenizer reads colour images")
     tokenizer = Tokenizer.from_file(cfg.tokenizer, run.device) if cfg.target == "dvae" else None
     model = build(cfg, tokenizer.vocab if tokenizer else 8192).to(run.device)
     beside = [from_checkpoint(cfg.beside).to(run.device)] if cfg.beside else []

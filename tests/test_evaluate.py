@@ -1,0 +1,241 @@
+"""evaluate.py: probes against toy features and brute force, checkpoints of all five, what is wrong in one line."""
+
+import dataclasses
+import importlib
+import json
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torchvision.transforms.functional import to_pil_image
+
+import evaluate
+from common import BadInput, knn_predict, main, parse_args, save_picture
+from conftest import FIXTURES, noise_image, write_images
+from evaluate import Config, METHODS, encoder_of, export_encoder, fit_heads, load_model, mean_iou, patch_labels, probe_images, tsne
+
+SMALL = {"mae": dict(img_size=32, patch_size=8, dim=32, depth=2, heads=2, decoder_dim=16, decoder_depth=1, decoder_heads=2),
+         "latent_mim": dict(img_size=32, patch_size=8, dim=32, depth=2, heads=2, decoder_dim=16, decoder_depth=1,
+                            decoder_heads=2, num_visible=4, proj_dim=32),
+         "semantic_mim": dict(img_size=32, patch_size=8, dim=32, depth=2, heads=2, num_proxy=1),
+         "pilamim": dict(img_size=32, patch_size=8, dim=32, depth=2, heads=2, decoder_dim=16, decoder_depth=1, decoder_heads=2),
+         "capi": dict(img_size=32, patch_size=8, dim=32, depth=2, heads=2, decoder_depth=1, registers=4, clusters=8)}
+
+
+def small(method):
+    torch.manual_seed(0)
+    return getattr(importlib.import_module(method), METHODS[method][0])(**SMALL[method]).eval()
+
+
+def run(monkeypatch, *argv):
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, argv)])
+    with pytest.raises(SystemExit) as stop:
+        main(evaluate.evaluate, Config, evaluate.__doc__)
+    return stop.value.code
+
+
+def checkpoint(path, method, **changes):
+    """A run's last.pt without the run: the toy encoder of conftest, data a handful of shapes."""
+    module = importlib.import_module(method)
+    own = {"capi": dict(clusters=8), "latent_mim": dict(proj_dim=32)}.get(method, {})
+    cfg = dataclasses.replace(module.Config(), model="toy", data="shapes:48", patch_size=8, mean=(0.5,) * 3, std=(0.25,) * 3,
+                              **own, **changes)
+    cfg = module.with_recipe(cfg) if hasattr(module, "with_recipe") else cfg
+    torch.save({"method": method, "config": dataclasses.asdict(cfg), "step": 1, "model": module.build(cfg).state_dict()}, path)
+    return path
+
+
+# -- measures ---------------------------------------------------------------------------------------------
+
+def blobs(n, classes=4, dim=16, spread=0.1, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    y = torch.randint(classes, (n,), generator=g)
+    return torch.eye(classes, dim)[y] + spread * torch.randn(n, dim, generator=g), y
+
+
+@pytest.mark.parametrize("probe", ["knn", "linear", "attentive"])
+def test_what_separates_scores_100_and_shuffled_labels_score_chance(probe):
+    (x, y), (q, truth) = blobs(600), blobs(400, seed=1)
+    if probe == "attentive":
+        x, q = (torch.stack([t, t.flip(1)], 1) for t in (x, q))
+    cfg = Config(epochs=100)
+    scores, _ = probe_images(probe, x, {"kind": y}, q, {"kind": truth}, cfg)
+    assert all(score == 100 for score in scores.values()), scores
+    again, _ = probe_images(probe, x, {"kind": y}, q, {"kind": truth}, cfg)
+    assert scores == again
+    shuffled = y[torch.randperm(len(y), generator=torch.Generator().manual_seed(3))]
+    scores, _ = probe_images(probe, x, {"kind": shuffled}, q, {"kind": truth}, cfg)
+    assert all(score < 45 for score in scores.values()), scores  # chance is 25
+
+
+def test_the_grid_learns_what_one_weak_rate_does_not():
+    (x, y), (q, truth) = blobs(600, spread=0.5), blobs(400, spread=0.5, seed=1)
+    predict, chosen = fit_heads(x, y, 4, Config(epochs=10))
+    assert 100 * (predict(q).argmax(1) == truth).float().mean() > 75
+    assert chosen["rate"] in (3e-4, 1e-3, 3e-3, 1e-2, 3e-2) and chosen["held_out"] > 60
+
+
+def test_knn_is_brute_force():
+    g = torch.Generator().manual_seed(0)
+    gallery, labels, queries = torch.randn(300, 8, generator=g), torch.randint(5, (300,), generator=g), torch.randn(40, 8, generator=g)
+    for k in (1, 20):
+        for query, predicted in zip(queries, knn_predict(gallery, labels, queries, k)):
+            cosine = [(F.cosine_similarity(query, row, dim=0).item(), label) for row, label in zip(gallery, labels.tolist())]
+            votes = [0.0] * 5
+            for value, label in sorted(cosine, reverse=True)[:k]:
+                votes[label] += torch.tensor(value / 0.07).exp().item()
+            assert votes.index(max(votes)) == predicted
+
+
+def test_mean_iou_by_hand():
+    truth = torch.tensor([[0, 0, 1], [1, 2, 255]])
+    predicted = torch.tensor([[0, 1, 1], [1, 0, 0]])  # the last pixel does not count
+    miou, right = mean_iou(predicted, truth, 4, 255)  # class 0: 1 of 3, class 1: 2 of 3, class 2: 0 of 1, class 3 nowhere
+    assert miou == pytest.approx(100 * (1 / 3 + 2 / 3 + 0) / 3) and right == pytest.approx(60)
+
+
+def test_patch_labels_by_hand():
+    maps = torch.tensor([[[0, 0, 2, 9], [0, 1, 9, 9], [9, 9, 1, 1], [9, 9, 1, 1]]])
+    shares = patch_labels(maps, 2, 3, 9)
+    assert shares.tolist() == [[[0.75, 0.25, 0], [0, 0, 1], [0, 0, 0], [0, 1, 0]]]
+
+
+def test_tsne_keeps_clusters_together():
+    x, y = blobs(120, spread=0.05)
+    points = tsne(x, steps=200)
+    distance = torch.cdist(points, points).fill_diagonal_(torch.inf)
+    assert (y[distance.argmin(1)] == y).float().mean() > 0.95 and points.isfinite().all()
+
+
+# -- checkpoints ------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("method", METHODS)
+def test_features_are_encodes(method):
+    model, images = small(method), torch.randn(2, 3, 32, 32)
+    pooled, patches = model.encode(images)
+    mine, tokens = encoder_of(model, method, "own", -1)(images)
+    assert torch.equal(mine, pooled) and torch.equal(tokens, patches)
+    assert torch.equal(encoder_of(model, method, "mean", -1)(images)[0], patches.mean(1))
+    assert encoder_of(model, method, "both", 0)(images)[0].shape == (2, 64)
+    first, last = (encoder_of(model, method, "mean", layer)(images)[0] for layer in (0, 1))
+    assert not torch.allclose(first, last)
+    with pytest.raises(BadInput, match="--layer 2"):
+        encoder_of(model, method, "own", 2)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_of_each_method_evaluates(tmp_path, monkeypatch, capsys, method):
+    path = checkpoint(tmp_path / "last.pt", method)
+    probes = ["--probe", *(evaluate.PROBES if method in ("mae", "capi") else ("knn", "seg-knn"))]
+    assert run(monkeypatch, path, *probes, "--picture", "--epochs", 1, "--finetune-epochs", 1, "--amp", "off") == 0
+    out, report = capsys.readouterr().out, json.loads((tmp_path / "last.eval.json").read_text())
+    assert report["protocol"]["method"] == method and "encode" in report["protocol"]
+    assert set(report["scores"]) == {"trained", "untrained", "raw pixels"}
+    assert {"knn kind k=1", "knn count k=20", "seg-knn mIoU"} <= set(report["scores"]["trained"])
+    assert all(0 <= score <= 100 for row in report["scores"].values() for score in row.values())
+    pictures = {p.name for p in tmp_path.glob("*.png")}
+    assert {"eval_pca.png", "eval_tsne_kind.png", "eval_tsne_patches.png"} <= pictures and all(name in out for name in pictures)
+    assert ("eval_reconstruction.png" in pictures) == (method in ("mae", "pilamim"))
+    assert ("eval_attention.png" in pictures) == (method == "semantic_mim")
+
+
+@pytest.mark.parametrize("name, method", [("mae", "mae"), ("latent_mim", "latent_mim"), ("semantic_mim_hog", "semantic_mim"),
+                                          ("pilamim", "pilamim"), ("capi", "capi")])
+def test_released_files_evaluate(tmp_path, monkeypatch, name, method):
+    if not (FIXTURES / f"{name}.pt").exists():
+        pytest.skip("needs ../shared/fixtures")
+    fixture = torch.load(FIXTURES / f"{name}.pt", weights_only=True)
+    sizes = {k: v for k, v in fixture["config"].items() if k in ("heads", "decoder_heads", "img_size", "num_visible")}
+    kind = getattr(importlib.import_module(method), METHODS[method][0])
+    real = kind.from_released.__func__  # a released file does not tell its heads, and these have unusual ones
+    monkeypatch.setattr(kind, "from_released", classmethod(lambda cls, state: real(cls, state, **sizes)))
+    torch.save(fixture["state_dict"], tmp_path / "released.pth")
+    assert run(monkeypatch, tmp_path / "released.pth", "--method", method, "--data", "shapes:32", "--probe", "knn") == 0
+    method, _, model, untrained = load_model(tmp_path / "released.pth", method)
+    images = fixture["inputs"]["images"]
+    torch.testing.assert_close(model.encode(images)[1], fixture["outputs"]["features_patches"], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(untrained.encode(images)[1], model.encode(images)[1])
+
+
+def test_folders_with_masks(tmp_path, monkeypatch):
+    path = checkpoint(tmp_path / "last.pt", "mae")
+    for split in ("train", "val"):
+        write_images(tmp_path / "data" / split, 6)
+        (tmp_path / "data" / f"{split}annot").mkdir()
+        for image in (tmp_path / "data" / split).iterdir():
+            mask = (noise_image(1, 1) // 64).squeeze(0)
+            to_pil_image(mask).save(tmp_path / "data" / f"{split}annot" / f"{image.stem}.png")
+    flags = ["--data", tmp_path / "data", "--probe", "seg-knn", "seg-linear", "--epochs", 1, "--ignore", 3]
+    assert run(monkeypatch, path, *flags, "--masks", "trainannot", "valannot") == 0
+    assert 0 <= json.loads((tmp_path / "last.eval.json").read_text())["scores"]["trained"]["seg-linear mIoU"] <= 100
+    next((tmp_path / "data" / "valannot").iterdir()).unlink()
+    assert run(monkeypatch, path, *flags, "--masks", "trainannot", "valannot") == 2
+
+
+@pytest.mark.parametrize("flags, text", [
+    ("FILES/none.pt", "none.pt: no such file"), ("FILES/last.pt --method capi", "of mae, not of capi"),
+    ("FILES/released.pth", "--method"), ("FILES/released.pth --method pilamim", "not a released PiLaMIM"),
+    ("FILES/last.pt --probe knnn", "knnn"), ("FILES/last.pt --layer 7", "--layer 7"),
+    ("FILES/last.pt --data FILES/flat", "labels"), ("FILES/last.pt --data FILES/classes --probe seg-knn", "label per pixel"),
+    ("FILES/last.pt --data FILES/other", "classes that train/ has not"), ("FILES/last.pt --img-size 33", "--patch-size"),
+    ("FILES/last.pt --masks a b c --data FILES/flat", "--masks"), ("FILES/capi.pt --export FILES/x.pt", "no timm ViT"),
+    ("FILES/last.pt --picture --images FILES/none.png", "none.png"), ("FILES/last.pt --pol cls", "--pool"),
+])
+def test_what_is_wrong_is_one_line(tmp_path, monkeypatch, capsys, flags, text):
+    checkpoint(tmp_path / "last.pt", "mae")
+    checkpoint(tmp_path / "capi.pt", "capi")
+    torch.save({"model": small("mae").state_dict()}, tmp_path / "released.pth")
+    write_images(tmp_path / "flat", 4)
+    for name in ("a", "b"):
+        write_images(tmp_path / "classes" / name, 12)
+        write_images(tmp_path / "other" / "train" / name, 4)
+        write_images(tmp_path / "other" / "val" / (name + "x"), 4)
+    capsys.readouterr()
+    status = run(monkeypatch, *flags.replace("FILES", str(tmp_path)).split())
+    error = capsys.readouterr().err.strip().splitlines()
+    assert status == 2 and len(error) == 1 and text in error[0], error
+
+
+# -- leaving the house ------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("method", ["mae", "latent_mim", "semantic_mim", "pilamim"])
+def test_export_under_timms_names(method):
+    state, left = export_encoder(small(method), method)
+    assert state["cls_token"].shape == (1, 1, 32) and state["pos_embed"].shape == (1, 17, 32)
+    assert state["blocks.0.attn.qkv.bias"].shape == (96,) and not any(name.startswith("encoder.") for name in state)
+    assert bool(left) and not any(name in state for name in left)
+
+
+@pytest.mark.parametrize("method", ["mae", "latent_mim", "pilamim"])
+def test_timm_gives_the_same_features(method):
+    timm = pytest.importorskip("timm")
+    model, images = small(method), torch.randn(2, 3, 32, 32)
+    vit = timm.models.vision_transformer.VisionTransformer(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2,
+                                                           num_classes=0).eval()
+    state, _ = export_encoder(model, method)
+    vit.load_state_dict(state, strict=True)
+    patches = model.encoder.norm(model.encode(images)[1]) if method == "latent_mim" else model.encode(images)[1]
+    torch.testing.assert_close(vit.forward_features(images)[:, 1:], patches, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_encode_can_be_exported(method):
+    class Encode(torch.nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def forward(self, images):
+            return self.model.encode(images)
+    model, images = small(method), torch.randn(2, 3, 32, 32)
+    program = torch.export.export(Encode(model).eval(), (images,))
+    for mine, theirs in zip(program.module()(images), model.encode(images)):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_pictures_of_given_files(tmp_path, monkeypatch):
+    path = checkpoint(tmp_path / "last.pt", "mae")
+    save_picture(tmp_path / "photo.png", [torch.rand(1, 3, 50, 60)])
+    assert run(monkeypatch, path, "--probe", "knn", "--picture", "--images", tmp_path / "photo.png") == 0
+    assert (tmp_path / "eval_reconstruction.png").exists()
