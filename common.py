@@ -743,10 +743,10 @@ LEAST = {"in_chans": 1, "batch_size": 1, "accum": 1, "log_every": 1, "save_every
          "warmup_epochs": 0, "base_lr": 0, "weight_decay": 0, "clip_grad": 0, "workers": -1, "patch_size": 0, "seed": 0}
 
 
-def flag(default, help, choices=None, least=None, most=math.inf, positional=False):
-    """A program's own Config field, with its line of help and its least and greatest value."""
+def flag(default, help, choices=None, least=None, most=math.inf, positional=False, changeable=False):
+    """A program's own Config field: help, least and greatest value, and whether a resumed run may have it otherwise."""
     return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "least": least, "most": most,
-                                                        "positional": positional})
+                                                        "positional": positional, "changeable": changeable})
 
 
 class Parser(argparse.ArgumentParser):
@@ -764,7 +764,7 @@ def parse_args(Config, doc="", argv=None):
         "own": "the method" if "model" in types else "what to do", "model": "model", "data": "data", "training": "training",
         "run": "run"}.items()}
     for field in dataclasses.fields(Config):
-        group, text, choices = (*SHARED[field.name], None)[:3] if field.name in SHARED else \
+        group, text, choices = (*SHARED[field.name], None)[:3] if not field.metadata else \
             ("own", field.metadata["help"], field.metadata["choices"])
         shown = " ".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
         options = {"default": field.default, "help": f"{text} [{shown}]" if shown != "" else text}
@@ -973,6 +973,16 @@ def choose_amp(name, device):
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[name]
 
 
+def of_all_processes(value):
+    """A mean over this process's images -> the mean over everyone's, with this process's gradient: what a loss needs that
+    is not linear in such a mean, for two processes to be one."""
+    if not dist.is_initialized():
+        return value
+    whole = value.detach().clone()
+    dist.all_reduce(whole)
+    return value + (whole / dist.get_world_size() - value.detach())
+
+
 # -- optimisation -----------------------------------------------------------------------------------------------------
 
 def cosine(step, total, first, last):
@@ -1032,8 +1042,9 @@ def find_resume(cfg, method, run):
     if state.get("method") != method:
         raise BadInput(f"{path}: " + (f"a checkpoint of {state['method']}, not of {method}" if "method" in state else
                        "not a checkpoint of this repository's training runs"))
+    changeable = CHANGEABLE | {field.name for field in dataclasses.fields(cfg) if field.metadata.get("changeable")}
     differ = [f"--{k.replace('_', '-')} {state['config'].get(k)} there, {v} now" for k, v in
-              dataclasses.asdict(cfg).items() if k not in CHANGEABLE and state["config"].get(k) != v]
+              dataclasses.asdict(cfg).items() if k not in changeable and state["config"].get(k) != v]
     if differ:
         raise BadInput(f"{path}: made with another Config ({'; '.join(differ)}); take another --out, or --resume no")
     run.say(f"resume: {path}, step {state['step']}")

@@ -25,7 +25,7 @@ import dataclasses
 import importlib
 import json
 import math
-import sys
+import signal
 from pathlib import Path
 
 import torch
@@ -57,7 +57,7 @@ class Config:
     pool: str = flag("own", "what stands for an image: the method's own choice, CLS (registers, proxies), the mean of the "
                      "patches, or both", ("own", "cls", "mean", "both"))
     layer: int = flag(-1, "which block's output, before any norm, from 0; -1: what the method's encode gives", least=-1)
-    limit: int = flag(0, "at most so many images of either set; 0: all, for patch features 4096", least=0)
+    limit: int = flag(0, "at most so many images of either set; 0: all, for attentive 4096, for seg- 1024", least=0)
     epochs: int = flag(50, "passes of the linear and attentive probes", least=1)
     finetune_epochs: int = flag(10, "passes of --probe finetune", least=1)
     finetune_lr: float = flag(2e-3, "rate of its head, per 256 images", least=0)
@@ -294,7 +294,7 @@ def probe_pixels(probe, train, train_maps, test, test_maps, p, cfg):
     classes = int(known.max()) + 1
     shares = patch_labels(train_maps, p, classes, cfg.ignore).flatten(0, 1)  # [n N, classes]
     order = torch.randperm(len(shares), generator=torch.Generator().manual_seed(cfg.seed))
-    order = order[shares[order].sum(1) > 0][:65536]
+    order = order[shares[order].sum(1) > 0][:16384]
     x, y = train.flatten(0, 1)[order], shares[order].to(train.device)
     chosen = {"patches": len(x)}
     if probe == "seg-knn":
@@ -485,7 +485,7 @@ def export_encoder(model, method):
 def run_probe(probe, encode, model, method, mcfg, run, sets, cfg):
     """One probe of one encoder -> scores, choices."""
     train_set, val_set = sets
-    most = cfg.limit or (10**9 if probe in ("knn", "linear") else 4096)
+    most = cfg.limit or (10**9 if probe in ("knn", "linear") else 1024 if probe.startswith("seg") else 4096)
     if probe == "finetune":
         return finetune(model, method, mcfg, run, train_set, val_set, cfg)
     take = (lambda pooled, patches: pooled.float()) if probe in ("knn", "linear") else lambda pooled, patches: patches.half()
@@ -516,6 +516,8 @@ def evaluate(cfg):
     mcfg = dataclasses.replace(trained, data_root=cfg.data_root, workers=cfg.workers, device=cfg.device, amp=cfg.amp,
                                compile="off", **changes)
     mcfg, run = start(mcfg)
+    for number in (signal.SIGINT, signal.SIGTERM):  # nothing here has to be finished first
+        signal.signal(number, signal.SIG_DFL)
     model, untrained = model.to(run.device), untrained.to(run.device)
     encode, encode_untrained = (encoder_of(m, method, cfg.pool, cfg.layer) for m in (model, untrained))
     given = [given_image(path, mcfg) for path in cfg.images]  # read now, so that a typo is found before an hour of probing

@@ -46,7 +46,7 @@ from tqdm import tqdm
 
 from common import (MODELS, Attention, BadInput, Block, LayerNorm, Log, Mlp, PatchEmbed, attend,
                     check_health, cosine, count_blocks, denormalise, draw, eval_batches,
-                    find_resume, flag, gather, load_data, load_strictly, main, param_groups,
+                    find_resume, flag, gather, load_data, load_strictly, main, of_all_processes, param_groups,
                     patch_grid, patchify, pca_colours, random_mask, raw_pixels, resize_positions,
                     save_picture, sincos_2d, split_ids, spread, start, train_batches, update_ema,
                     usual_heads, warmup_cosine, warn_of_trouble, xavier_init)
@@ -281,7 +281,7 @@ class LatentMIM(nn.Module):
 
         with torch.autocast(images.device.type, enabled=False):  # cosines in float32
             patch_loss = patch_discrimination(pred, target, self.tau) if self.loss == "patch" else F.mse_loss(pred, target)
-            s_pred, s_visible = similarity(pred), similarity(latent[:, 1:].float())
+            s_pred, s_visible = (of_all_processes(similarity(t)) for t in (pred, latent[:, 1:].float()))
             loss = patch_loss + self.sim_coeff * ((s_pred - sim_target).square() + (s_visible - sim_target).square())
             logs = {"patch_loss": patch_loss.detach(), "s_pred": s_pred.detach(), "s_visible": s_visible.detach(),
                     "s_target": similarity(target), "pred_std": spread(pred), "target_std": spread(target)}
@@ -438,6 +438,8 @@ def train(cfg):
                       images_per_s=images_seen / seconds, data_wait=waited / seconds)
             bar.set_postfix(loss=f"{values[0]:.4f}", lr=f"{lr:.2e}")
             warn_of_trouble(run, dict(zip(names, values)))
+            if values[names.index("s_target")] > 0.995:
+                run.warn("collapse of the targets", "s_target is 1: the teacher says the same of every patch of an image")
             run.warn_if_data_bound(waited / seconds)
             if evaluate:
                 look(step)

@@ -74,16 +74,17 @@ EXEMPT = {  # from weight decay
 @dataclasses.dataclass(frozen=True)
 class Config:
     target: str = flag("hog", "what is predicted: gradient histograms, or tokens of a dVAE", ("hog", "dvae"))
-    tokenizer: str = flag("", "file with the dVAE's encoder, the released dalle_encoder.pth; for --target dvae")
+    tokenizer: str = flag("", "file with the dVAE's encoder, the released dalle_encoder.pth; for --target dvae", changeable=True)
     baseline: bool = flag(False, "the paper's comparison: mask tokens and patches in one stack (MaskFeat, BEiT)")
     num_proxy: int = flag(-1, "proxy tokens; -1: 8 with hog, 1 with dvae and for the baseline (its CLS)", least=-1)
     mask_ratio: float = flag(-1.0, "share of the patches that is masked; -1: 0.8 with hog, 0.6 with dvae, baseline 0.4", least=-1)
     jitter: float = flag(-1.0, "change of brightness, contrast and saturation; -1: 0 with hog, 0.4 with dvae", least=-1, most=1)
     drop_path: float = flag(-1.0, "share of branches dropped; -1: 0 with hog, 0.1 with dvae", least=-1, most=0.9)
     last_lr: float = flag(-1.0, "rate at the end; -1: 1e-6 with hog, 1e-5 with dvae", least=-1)
-    beside: str = flag("", "checkpoint of the other variant: its attention is drawn beside this run's")
-    crop_scale: tuple[float, ...] = ()
-    betas: tuple[float, ...] = ()
+    beside: str = flag("", "checkpoint of the other variant: its attention is drawn beside this run's", changeable=True)
+    crop_scale: tuple[float, ...] = flag((), "least and most share of the image in a crop; default 0.5 1 with hog, 0.08 1 "
+                                         "with dvae")
+    betas: tuple[float, ...] = flag((), "AdamW's averaging of gradients and of their squares; default 0.9 0.999")
 
     data: str = "shapes"
     data_root: str = "data"
@@ -99,7 +100,7 @@ class Config:
     warmup_epochs: int = 1
     base_lr: float = 2e-3  # the paper's 2e-4 is for ViT-B and 300 epochs
     weight_decay: float = 0.05
-    clip_grad: float = -1.0
+    clip_grad: float = flag(-1.0, "largest gradient norm; 0 is no limit; -1: 0.02 with hog, 3 with dvae", least=-1)
     workers: int = -1
     seed: int = 0
     device: str = "auto"
@@ -233,10 +234,11 @@ class SemanticMIM(nn.Module):
         self.grid, self.patch_size = patch_grid(img_size, patch_size), patch_size
         self.num_proxy, self.target, self.baseline = num_proxy, target, baseline  # K
         self.num_patches = self.grid[0] * self.grid[1]  # N
-        self.num_visible = self.num_patches - math.ceil(mask_ratio * self.num_patches) if 0 < mask_ratio < 1 else 0  # V
-        if not 0 < self.num_visible < self.num_patches:
-            raise BadInput(f"--mask-ratio {mask_ratio} leaves {self.num_visible} of {self.num_patches} patches visible; "
-                           "at least one must be, and one masked")
+        num_masked = min(math.ceil(mask_ratio * self.num_patches), self.num_patches - 1)  # on 2 x 2 one patch stays visible
+        self.num_visible = self.num_patches - num_masked  # V
+        if not 0 < mask_ratio < 1 or self.num_visible == self.num_patches:
+            raise BadInput(f"--mask-ratio {mask_ratio} of {self.num_patches} patches: at least one must be visible, and one "
+                           "masked")
         if num_proxy < 1:
             raise BadInput(f"--num-proxy {num_proxy}: at least one is needed; without any there is --baseline")
         make = lambda kind: nn.ModuleList([kind(dim, heads, drop_path=drop_path, **BLOCKS[target]) for _ in range(depth)])

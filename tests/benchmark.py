@@ -19,7 +19,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-METHODS = {"mae": "mae.py"}
+METHODS = ["mae", "latent_mim", "semantic_mim", "pilamim", "capi"]
 SETTINGS = {"fp32": ["--amp", "off", "--compile", "off"], "bf16": ["--amp", "bf16", "--compile", "off"],
             "bf16 + compile": ["--amp", "bf16", "--compile", "on"]}
 
@@ -46,7 +46,7 @@ def one(method, flags):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
     parser.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=60, help="timed in each round")

@@ -1,12 +1,17 @@
 """What the test files share: paths, a toy size at which a run is two steps, and how to start the program."""
 
+import contextlib
 import dataclasses
+import functools
+import importlib
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parents[1]
 FIXTURES, DATA = ROOT.parent / "shared" / "fixtures", ROOT.parent / "shared" / "data"
@@ -17,19 +22,53 @@ import torch
 from torchvision.transforms.functional import to_pil_image
 
 import common
-import mae
 
 torch.set_num_threads(1)  # at this size threads cost more than they bring
 
 TOY = (32, 2, 2)  # width, depth, heads of an encoder that only tests have
-TINY = ("--data shapes:64 --batch-size 32 --epochs 1 --patch-size 8 --decoder-dim 16 --decoder-heads 2 "
-        "--decoder-depth 1 --workers 0 --amp off --compile off --device cpu").split()
+DECODER = "--decoder-dim 16 --decoder-heads 2 --decoder-depth 1"
+METHODS = {  # the five, each with the flags that make it small
+    "mae": DECODER, "latent_mim": DECODER + " --proj-dim 32", "semantic_mim": "", "pilamim": DECODER,
+    "capi": "--predictor-depth 1 --registers 4 --clusters 16",
+}
+MODULES = {name: importlib.import_module(name) for name in METHODS}
+PICTURES = {"mae": ["reconstruction.png"], "latent_mim": ["features.png"], "capi": ["features.png"],
+            "semantic_mim": ["attention.png", "features.png"], "pilamim": ["features.png", "reconstruction.png"]}
 
 
-def tiny(out, **changes):
-    """TINY as a Config, with the toy encoder: `train` of it takes a fraction of a second."""
+def tiny_flags(method):
+    return ("--data shapes:64 --batch-size 32 --epochs 1 --patch-size 8 --workers 0 --amp off --compile off "
+            "--device cpu " + METHODS[method]).split()
+
+
+TINY = tiny_flags("mae")
+
+
+def tiny(out, method="mae", flags="", **changes):
+    """The tiny flags as a Config, with the toy encoder: `train` of it takes a fraction of a second."""
     small = dict(model="toy", log_every=1, eval_every=0, save_every=100, out=str(out))
-    return dataclasses.replace(common.parse_args(mae.Config, argv=TINY), **small | changes)
+    cfg = common.parse_args(MODULES[method].Config, argv=[*tiny_flags(method), *flags.split()])
+    return dataclasses.replace(cfg, **small | changes)
+
+
+def trained(cfg, method="mae"):
+    assert MODULES[method].train(cfg) == 0
+    return common.read_checkpoint(f"{cfg.out}/last.pt")
+
+
+TWENTY = dict(data="shapes:80", epochs=8, warmup_epochs=2)  # 32 a step: an epoch is 2.5 steps
+
+
+@pytest.fixture(scope="session")
+def unbroken(tmp_path_factory):
+    """(method, flags) -> a run of 20 steps: its Config, folder, checkpoint and what it printed. Made once for all."""
+    @functools.cache
+    def run(method, flags=""):
+        cfg = tiny(tmp_path_factory.mktemp(method), method, flags, eval_every=1, **TWENTY)
+        with contextlib.redirect_stdout(io.StringIO()) as told:
+            state = trained(cfg, method)
+        return SimpleNamespace(cfg=cfg, out=Path(cfg.out), state=state, told=told.getvalue())
+    return run
 
 
 def filled(cfg):

@@ -273,7 +273,7 @@ def test_channels_of_files(tmp_path):
 # -- optimisation ---------------------------------------------------------------------------------------
 
 def test_warmup_cosine():
-    rate = lambda step: warmup_cosine(step, 110, 10, 2.0, 0.5)
+    rate = lambda step: warmup_cosine(step, 110, 10, 2.0, last=0.5)
     assert [rate(s) for s in (0, 5, 10)] == [0, 1, 2]
     assert rate(60) == pytest.approx(1.25) and rate(110) == pytest.approx(0.5)
     assert rate(35) == pytest.approx(0.5 + 1.5 * (1 + 0.5**0.5) / 2)

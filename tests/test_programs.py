@@ -1,6 +1,9 @@
 """The programs as a user starts them: flags, processes, signals, printed commands, wrong invocations."""
 
+import ast
 import dataclasses
+import difflib
+import inspect
 import json
 import re
 import runpy
@@ -18,31 +21,44 @@ import torch
 import common
 import mae
 from common import MODELS, main, parse_args, read_checkpoint
-from conftest import ROOT, TINY, environment, launch, losses, records, run_program, tiny, write_images
+from conftest import (METHODS, MODULES, PICTURES, ROOT, TINY, environment, launch, losses, records, run_program, tiny,
+                      tiny_flags, write_images)
 
-FIVE_STEPS = [*TINY, "--data", "shapes:80", "--epochs", "2", "--log-every", "1", "--eval-every", "0"]
+each_method = pytest.mark.parametrize("method", METHODS)
+MORE_STEPS = ["--data", "shapes:80", "--epochs", "2", "--log-every", "1", "--eval-every", "0"]
+FIVE_STEPS = [*TINY, *MORE_STEPS]
 ENDLESS = [*TINY, "--epochs", "100000", "--eval-every", "0", "--save-every", "100000"]
 
 
 # -- processes ------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("accum", [1, 2])
-def test_two_processes_equal_one(tmp_path, accum):
-    one = parse_args(mae.Config, argv=[*FIVE_STEPS, "--out", str(tmp_path / "one")])
-    assert mae.train(one) == 0
-    two = run_program([*FIVE_STEPS, "--accum", accum, "--out", tmp_path / "two"], nproc=2)
+def without_key_biases(state):
+    """A key's bias changes no attention: its gradient is the rounding error of a zero, which AdamW scales up to a step.
+    Queries and values count. (CAPI and PiLaMIM have none; Latent MIM's cross-attention has k and v in one.)"""
+    keep = {"qkv.bias": (3, [0, 2]), "kv_proj.bias": (2, [1])}
+    for name, t in state.items():
+        parts, rest = next((v for end, v in keep.items() if name.endswith(end)), (1, [0]))
+        yield name, t.unflatten(0, (parts, -1))[rest] if parts > 1 else t
+
+
+@pytest.mark.parametrize("method, flags", [
+    ("mae", ""), ("mae", "--accum 2"), ("semantic_mim", ""), ("pilamim", ""), ("capi", ""),
+    ("latent_mim", "--sim-coeff 0"), ("latent_mim", "")])
+def test_two_processes_equal_one(tmp_path, method, flags):
+    flags = [*tiny_flags(method), *MORE_STEPS, *flags.split()]
+    one = parse_args(MODULES[method].Config, argv=[*flags, "--out", str(tmp_path / "one")])
+    assert MODULES[method].train(dataclasses.replace(one, accum=1)) == 0
+    two = run_program([*flags, "--out", tmp_path / "two"], nproc=2, program=f"{method}.py")
     assert two.returncode == 0, two.stderr
     assert "2 processes" in two.stdout and two.stdout.count("k-NN accuracy") == 1  # one process speaks
     assert len(losses(tmp_path / "two")) == 5
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
-    first, second = (read_checkpoint(tmp_path / name / "last.pt")["model"] for name in ("one", "two"))
+    first, second = (dict(without_key_biases(read_checkpoint(tmp_path / name / "last.pt")["model"]))
+                     for name in ("one", "two"))
     assert first.keys() == second.keys()
-    for name in first:
-        if name.endswith("qkv.bias"):
-            # A key's bias changes no attention: its gradient is the rounding error of a zero, which AdamW
-            # scales up to a step. Queries and values count.
-            for state in (first, second):
-                state[name] = state[name].unflatten(0, (3, -1))[[0, 2]]
+    # Without the similarity terms a shift of all predictions changes nothing either: patches are standardised.
+    shifts = ["decoder.norm.bias", "decoder.head.bias"] if "--sim-coeff" in flags else []
+    for name in first.keys() - shifts:
         torch.testing.assert_close(second[name], first[name], rtol=0, atol=1e-5, msg=lambda text: name + text)
     tests = [[{k: v for k, v in r.items() if "knn" in k} for r in records(tmp_path / name) if "rank" in r]
              for name in ("one", "two")]
@@ -62,7 +78,8 @@ def test_two_processes_say_bad_input_once(tmp_path):
     assert "--batch-size 32 would" in done.stderr
 
 
-def test_two_nodes(tmp_path):
+@pytest.mark.parametrize("method", ["mae", "capi"])  # CAPI's forward talks too
+def test_two_nodes(tmp_path, method):
     """Two agents, as two machines would start them, meet on the loopback address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -70,7 +87,7 @@ def test_two_nodes(tmp_path):
     agents = [subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node_rank", str(node),
          "--nproc_per_node", "1", "--master_addr", "127.0.0.1", "--master_port", str(port),
-         str(ROOT / "mae.py"), *TINY, "--out", str(tmp_path)],
+         str(ROOT / f"{method}.py"), *tiny_flags(method), "--out", str(tmp_path)],
         env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for node in (0, 1)]
     try:
         told = [agent.communicate(timeout=200)[0] for agent in agents]
@@ -83,16 +100,101 @@ def test_two_nodes(tmp_path):
 
 # -- one file and common.py -----------------------------------------------------------------------------
 
+def alone(folder, method):
+    """A folder with two files, and what a run there should leave in it."""
+    folder.mkdir(exist_ok=True)
+    for name in (f"{method}.py", "common.py"):
+        shutil.copy(ROOT / name, folder)
+    run = ["last.pt", "log.jsonl", *PICTURES[method]]
+    return {"common.py", f"{method}.py", *(f"runs/{method}/{name}" for name in run)}
+
+
+def files_in(folder):
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
 def test_two_files_alone_run(tmp_path):
-    for name in ("mae.py", "common.py"):
-        shutil.copy(ROOT / name, tmp_path)
-    env = {"PYTHONPATH": "", "PYTHONDONTWRITEBYTECODE": "1"}
+    left, env = alone(tmp_path, "mae"), {"PYTHONPATH": "", "PYTHONDONTWRITEBYTECODE": "1"}
     done = run_program(TINY, cwd=tmp_path, program=str(tmp_path / "mae.py"), env=env)
     assert done.returncode == 0, done.stderr
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["common.py", "mae.py", "runs"]
-    left = sorted(p.name for p in (tmp_path / "runs" / "mae").iterdir())
-    assert left == ["last.pt", "log.jsonl", "reconstruction.png"]
+    assert files_in(tmp_path) == left
     assert "img/s" in done.stderr and "loss=" in done.stderr and "Traceback" not in done.stderr
+
+
+ONE_AFTER_THE_OTHER = """
+import json, os, runpy, sys
+for folder, argv in json.loads(sys.argv[1]):
+    os.chdir(folder)
+    sys.path[0], sys.argv = folder, argv
+    sys.modules.pop("common", None)
+    try:
+        runpy.run_path(argv[0], run_name="__main__")
+    except SystemExit as leaving:
+        assert leaving.code == 0, argv
+    assert sys.modules["common"].__file__.startswith(folder)
+"""
+
+
+def test_two_files_of_the_others_run(tmp_path):
+    """In one process, which knows nothing of this folder, so that torch is imported once."""
+    others = [*METHODS][1:]
+    left = {method: alone(tmp_path / method, method) for method in others}
+    runs = json.dumps([(str(tmp_path / method), [f"{method}.py", *tiny_flags(method)]) for method in others])
+    done = subprocess.run([sys.executable, "-c", ONE_AFTER_THE_OTHER, runs], cwd=tmp_path, capture_output=True,
+                          text=True, timeout=240, env=environment(PYTHONPATH="", PYTHONDONTWRITEBYTECODE="1"))
+    assert done.returncode == 0, done.stderr
+    assert {method: files_in(tmp_path / method) for method in others} == left
+
+
+# -- the five are alike ---------------------------------------------------------------------------------
+
+def names_read(method):
+    """Every X of a `cfg.X` in the method's file or in common.py."""
+    nodes = [node for name in (method, "common") for node in ast.walk(ast.parse((ROOT / f"{name}.py").read_text()))]
+    return {node.attr for node in nodes if isinstance(node, ast.Attribute)
+            and isinstance(node.value, ast.Name) and node.value.id == "cfg"}
+
+
+SHARED_FIELDS = """data data_root img_size patch_size in_chans mean std model batch_size accum epochs warmup_epochs
+    base_lr weight_decay clip_grad workers seed device amp compile out resume save_every eval_every log_every""".split()
+
+
+@each_method
+def test_config(method):
+    fields = {field.name: field for field in dataclasses.fields(MODULES[method].Config)}
+    assert sorted(fields.keys() - names_read(method)) == []
+    assert "nobody_reads_me" not in names_read(method)
+    assert [name for name in fields if name in SHARED_FIELDS] == SHARED_FIELDS
+    assert MODULES[method].Config.__dataclass_params__.frozen
+    assert set(common.SHARED) == {*SHARED_FIELDS, "crop_scale", "betas"} <= fields.keys()
+    for name in SHARED_FIELDS:  # the same kind of thing in all
+        assert fields[name].type == mae.Config.__dataclass_fields__[name].type
+    assert fields["out"].default == f"runs/{method}"
+
+
+def test_the_sections_of_the_five_are_alike():
+    wanted = ["Config", "What", "Loss", "Model", "Training"]
+    for method in METHODS:
+        banners = re.findall(r"^# -{100,}\n# (\w+).*\n# -{100,}$", (ROOT / f"{method}.py").read_text(), re.M)
+        banners = ["Loss" if banner == "Losses" else banner for banner in banners]
+        assert banners == [name for name in wanted if name in banners], method
+        assert {"Config", "Model", "Training"} <= set(banners), method
+
+
+OWN_LINES = {  # of MAE's `train`, how many another's has not, and how many it has instead or besides
+    "latent_mim": (9, 17), "semantic_mim": (10, 20), "pilamim": (1, 5), "capi": (15, 37)}
+
+
+@pytest.mark.parametrize("method", OWN_LINES)
+def test_the_five_loops_agree(method):
+    """They repeat each other on purpose; what is no part of a method must not drift. A change of MAE's loop is made in
+    all five, a new line of one method's own is counted here."""
+    sources = (inspect.getsource(MODULES[m].train).replace(f'"{m}"', '"METHOD"') for m in ("mae", method))
+    ours, theirs = ([line for line in source.splitlines() if line.strip()] for source in sources)
+    steps = list(difflib.ndiff(ours, theirs))
+    missing, more = ([line for line in steps if line.startswith(mark)] for mark in "-+")
+    assert len(missing) <= OWN_LINES[method][0], "\n".join(missing)
+    assert len(more) <= OWN_LINES[method][1], "\n".join(more)
 
 
 # -- signals --------------------------------------------------------------------------------------------
@@ -162,7 +264,27 @@ def files(tmp_path_factory):
     torch.save({"model": MODELS.items}, root / "code.pt")  # a bound method: to load it is to run code
     cfg = common.start(tiny(root, model="nano"))[0]
     torch.save({"method": "mae", "config": dataclasses.asdict(cfg), "step": 1}, root / "mae.pt")
+    write_tokenizer(root / "tokenizer.pth")
     return root
+
+
+def write_tokenizer(path, hidden=8, vocab=16):
+    """A random encoder of the dVAE under the released names: four groups of two blocks, 1 2 4 8 times as wide."""
+    convs, width = {"input": (hidden, 3, 7)}, hidden
+    for group in (1, 2, 3, 4):
+        for block in (1, 2):
+            name, out = f"group_{group}.block_{block}", hidden * 2**(group - 1)
+            if width != out:
+                convs[f"{name}.id_path"] = (out, width, 1)
+            thin = out // 4
+            for conv, sizes in enumerate(((thin, width, 3), (thin, thin, 3), (thin, thin, 3), (out, thin, 1)), 1):
+                convs[f"{name}.res_path.conv_{conv}"] = sizes
+            width = out
+    convs["output.conv"] = (vocab, width, 1)
+    weights = {f"blocks.{name}.w": torch.randn(n, m, side, side) / (m * side**2)**0.5
+               for name, (n, m, side) in convs.items()}
+    torch.save(weights | {f"{name[:-1]}b": torch.zeros(len(w)) for name, w in weights.items()}, path)
+    return path
 
 
 WRONG = [  # flags, FILES standing for the folder above; what the line has to say
@@ -231,21 +353,62 @@ WRONG = [  # flags, FILES standing for the folder above; what the line has to sa
 ]
 
 
-def wrong(monkeypatch, capsys, argv):
+WRONG_OF = [  # the flags that MAE has not
+    ("latent_mim", "--visible-share 0.99", "--visible-share.*16 of 16"),
+    ("latent_mim", "--visible-share 1.5", "--visible-share 1.5"),
+    ("latent_mim", "--ema 2 1", "--ema 2"),
+    ("latent_mim", "--ema 0.9", "--ema takes two"),
+    ("latent_mim", "--sim-target 0.5", "--sim-target takes two"),
+    ("latent_mim", "--loss l1", "--loss.*l2"),
+    ("latent_mim", "--tau 0", "--tau"),
+    ("latent_mim", "--gap -2", "--gap"),
+    ("latent_mim", "--img-size 8", "--visible-share.*of 1 patches"),
+    ("latent_mim", "--decoder-heads 3", "heads"),
+    ("latent_mim", "--resume FILES/mae.pt", "mae.pt.*of mae, not of latent_mim"),
+    ("semantic_mim", "--mask-ratio 1", "--mask-ratio 1"),
+    ("semantic_mim", "--num-proxy 0", "--num-proxy 0.*at least one"),
+    ("semantic_mim", "--target pixels", "--target.*hog"),
+    ("semantic_mim", "--target dvae", "--target dvae needs --tokenizer"),
+    ("semantic_mim", "--target dvae --tokenizer FILES/nowhere.pth", "nowhere.pth.*no such file"),
+    ("semantic_mim", "--target dvae --tokenizer FILES/file", "file.*not a PyTorch checkpoint"),
+    ("semantic_mim", "--target dvae --tokenizer FILES/weights.pt", "not the dVAE's encoder"),
+    ("semantic_mim", "--target dvae --in-chans 1 --tokenizer FILES/tokenizer.pth", "--in-chans 1.*3"),
+    ("semantic_mim", "--beside FILES/mae.pt", "--beside.*mae.pt.*not a checkpoint of semantic_mim"),
+    ("semantic_mim", "--beside FILES/nowhere.pt", "nowhere.pt.*no such file"),
+    ("semantic_mim", "--drop-path 1", "--drop-path 1"),
+    ("semantic_mim", "--jitter 2", "--jitter 2"),
+    ("pilamim", "--mask-ratio 1", "--mask-ratio 1"),
+    ("pilamim", "--pixel-weight 0 --latent-weight 0 --cls-weight 0", "--pixel-weight.*all 0"),
+    ("pilamim", "--latent-weight -1", "--latent-weight -1"),
+    ("pilamim", "--ema 0.9", "--ema takes two"),
+    ("pilamim", "--decoder-heads 3", "heads=3"),
+    ("capi", "--mask-ratio 1", "--mask-ratio 1"),
+    ("capi", "--mask-ratio 0.01", "--mask-ratio 0.01 leaves 0 of 16"),
+    ("capi", "--registers 3", "--registers 3.*multiple of 4"),
+    ("capi", "--predict-share 1.5", "--predict-share 1.5"),
+    ("capi", "--clusters -1", "--clusters -1"),
+    ("capi", "--ema 2", "--ema 2"),
+    ("capi", "--drop-path 1", "--drop-path 1"),
+]
+WRONG = [("mae", *case) for case in WRONG] + WRONG_OF
+
+
+def wrong(monkeypatch, capsys, argv, method="mae"):
     """main() of the flags -> the one line on stderr."""
-    monkeypatch.setattr(sys, "argv", ["mae.py", *argv])
+    monkeypatch.setattr(sys, "argv", [f"{method}.py", *argv])
     with pytest.raises(SystemExit) as leaving:
-        main(mae.train, mae.Config, mae.__doc__)
+        main(MODULES[method].train, MODULES[method].Config, MODULES[method].__doc__)
     captured = capsys.readouterr()
     assert leaving.value.code == 2
-    assert captured.err.count("\n") == 1 and captured.err.startswith("mae.py: "), captured.err
+    assert captured.err.count("\n") == 1 and captured.err.startswith(f"{method}.py: "), captured.err
     return captured.err
 
 
-@pytest.mark.parametrize("flags, text", WRONG, ids=[flags.replace("FILES/", "") for flags, _ in WRONG])
-def test_wrong_invocation(files, tmp_path, monkeypatch, capsys, flags, text):
-    argv = [*TINY, "--out", str(tmp_path / "run"), *flags.replace("FILES", str(files)).split()]
-    assert re.search(text, wrong(monkeypatch, capsys, argv))
+@pytest.mark.parametrize("method, flags, text", WRONG,
+                         ids=[f"{m} {flags}".replace("FILES/", "") for m, flags, _ in WRONG])
+def test_wrong_invocation(files, tmp_path, monkeypatch, capsys, method, flags, text):
+    argv = [*tiny_flags(method), "--out", str(tmp_path / "run"), *flags.replace("FILES", str(files)).split()]
+    assert re.search(text, wrong(monkeypatch, capsys, argv, method))
     assert not (tmp_path / "run").exists()
 
 
@@ -306,7 +469,7 @@ def printed_commands(text):
 
 def all_commands():
     fenced = re.findall(r"^```(?:sh|bash|console)?\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
-    docs = [(ROOT / name).read_text().split('"""')[1] for name in ("mae.py", "tests/benchmark.py")]
+    docs = [(ROOT / name).read_text().split('"""')[1] for name in (*(f"{m}.py" for m in METHODS), "tests/benchmark.py")]
     return sorted({command for text in (*fenced, *docs) for command in printed_commands(text)})
 
 
@@ -314,12 +477,14 @@ def test_printed_commands_are_found():
     commands = all_commands()
     assert "python mae.py" in commands and any(c.startswith("torchrun") for c in commands)
     assert any("--epochs 800 --warmup-epochs 40" in c for c in commands)  # continuation lines and all
+    assert all(any(c.startswith(start) and f" {method}.py" in c for c in commands)
+               for method in METHODS for start in ("python", "torchrun"))
     text = "pip install x && python a.py --b 1     what it does\n pytest\n torchrun b.py \\\n   --c 2   why"
     assert printed_commands(text) == ["python a.py --b 1", "torchrun b.py --c 2"]
 
 
-TOY_FLAGS = ("--batch-size 32 --epochs 1 --model nano --img-size 32 --workers 0 --decoder-dim 16 "
-             "--decoder-depth 1 --decoder-heads 2 --device cpu --resume no").split()
+TOY_FLAGS = ("--batch-size 32 --epochs 1 --model nano --img-size 32 --patch-size 8 --workers 0 --device cpu "
+             "--resume no").split()
 
 
 @pytest.mark.parametrize("command", all_commands())
@@ -327,13 +492,15 @@ def test_printed_command_runs(command, tmp_path, monkeypatch, capsys):
     """At toy size: small flags are added at the end, where the last counts; torchrun gets two processes."""
     program, *words = shlex.split(command)
     folder = write_images(tmp_path / "images", 8)
-    words = [str(folder) if word == "DIR" else word for word in words]
+    files = {"DIR": str(folder), "dalle_encoder.pth": str(write_tokenizer(tmp_path / "tokenizer.pth"))}
+    words = [files.get(word, word) for word in words]
     script = next(i for i, word in enumerate(words) if word.endswith(".py"))
     assert (ROOT / words[script]).exists()
-    flags = [*words[script + 1:], *TOY_FLAGS, "--out", str(tmp_path / "run")]
+    small = METHODS.get(words[script].removesuffix(".py"), "").split()
+    flags = [*words[script + 1:], *TOY_FLAGS, *small, "--out", str(tmp_path / "run")]
     if words[script].endswith("benchmark.py"):
         flags = [*words[script + 1:], "--rounds", "1", "--steps", "3", "--batch-size", "8", "--model", "nano",
-                 "--img-size", "32", "--settings", "fp32"]
+                 "--img-size", "32", "--settings", "fp32", "--methods", "mae"]
     elif str(folder) in words:
         flags += ["--batch-size", "4"]
     else:
@@ -351,6 +518,16 @@ def test_printed_command_runs(command, tmp_path, monkeypatch, capsys):
         assert status == 0, capsys.readouterr().err
     if not words[script].endswith("benchmark.py"):
         assert (tmp_path / "run" / "last.pt").exists()
+
+
+@each_method
+def test_benchmark_knows_the_five(capsys, method):
+    """What it runs in a process of its own for each method and setting."""
+    benchmark = runpy.run_path(str(ROOT / "tests" / "benchmark.py"))
+    assert benchmark["METHODS"] == [*METHODS]
+    benchmark["one"](method, [*tiny_flags(method), "--log-every", "1"])
+    measured = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert measured.keys() == {"img/s", "ms/step", "peak MiB", "data wait"} and measured["img/s"] > 0
 
 
 def test_readme_snippets(tmp_path, monkeypatch):
@@ -377,18 +554,20 @@ def test_readme_names_the_sizes_of_a_default_run():
         eval(call, {"MAE": mae.MAE}).load_state_dict(default.state_dict())
 
 
-def test_help(capsys):
+@each_method
+def test_help(capsys, method):
+    module = MODULES[method]
     with pytest.raises(SystemExit) as leaving:
-        parse_args(mae.Config, mae.__doc__, ["--help"])
+        parse_args(module.Config, module.__doc__, ["--help"])
     text = capsys.readouterr().out
-    assert leaving.value.code == 0 and max(map(len, text.splitlines())) <= 110
+    assert leaving.value.code == 0 and max(map(len, text.splitlines())) <= 120
     assert all(f"\n{group}:\n" in text for group in ("the method", "model", "data", "training", "run"))
     options, plain = text.split("the method:")[1], re.sub(r"\s+", " ", text)
-    for field in dataclasses.fields(mae.Config):
+    for field in dataclasses.fields(module.Config):
         name, default = "--" + field.name.replace("_", "-"), field.default
         assert re.search(rf"^  {name}\b", options, re.M), name
         line = re.sub(r"\s+", " ", re.search(rf"^  {name}\b.*?(?=^  --|^\S|\Z)", options, re.M | re.S)[0])
         shown = " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
-        assert shown == "" and "default" in line or f"[{shown}]" in line, line
+        assert shown == "" or f"[{shown}]" in line, line
         assert len(re.findall(r"[a-z]+", line)) > 4, line  # a flag, and words that say what it does
-    assert "Masked Autoencoders" in plain and "exit status" in plain
+    assert module.__doc__[:40] in plain and "exit status" in plain
