@@ -296,7 +296,7 @@ def render_shapes(seed, index, img_size, in_chans=3):
     angle, freq = math.pi * angle, 2 * math.pi * 2 ** (1.5 * octave)
     waves = amount * (freq * (x * angle.cos() + y * angle.sin()) + 2 * math.pi * phase).sin()  # [n, 3, H, W]
     texture = (0.5 + 0.35 * waves.sum(1, keepdim=True)).clamp(0, 1)
-    one, two = spread(0.1 + 0.8 * rand("wall", 2, in_chans)).unbind(1)  # [n, C, 1, 1]
+    one, two = spread(0.3 + 0.4 * rand("wall", 2, in_chans)).unbind(1)  # [n, C, 1, 1]
     canvas = one * texture + two * (1 - texture)  # [n, C, H, W]
     horizon = spread(0.25 + 0.15 * rand("horizon", 1))
     canvas = canvas * (1 - 0.35 * ((y - horizon) * 8).clamp(0, 1))
@@ -325,7 +325,7 @@ def render_shapes(seed, index, img_size, in_chans=3):
         u, v = 9 * math.pi / short * dist * theta.cos(), 9 * math.pi / short * dist * theta.sin()
         fu, fv = spread(along[:, k]), spread(across[:, k])
         surface = (fu > 0) * (4 * (fu * u + 0.5).cos() * (fv * v + 0.5 * (fv > 0)).cos()).clamp(-1, 1)  # 0 where plain
-        shade = (0.75 + 0.3 * (dx * light.cos() + dy * light.sin()) / r.clamp(min=1e-3)) * (0.85 + 0.4 * surface)
+        shade = (0.75 + 0.3 * (dx * light.cos() + dy * light.sin()) / r.clamp(min=1e-3)) * (0.85 + 0.65 * surface)
         canvas += (spread(tint[:, k]) * shade[:, None] - canvas) * cover[:, None]
         kind_map = torch.where(cover > 0.5, spread(kind[:, k] + 1).byte(), kind_map)
     labels = {"kind": kind[:, -1], "count": count, "distance": nearest.long()}

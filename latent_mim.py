@@ -82,7 +82,7 @@ class Config:
     model: str = "nano"
     batch_size: int = 128
     accum: int = 1
-    epochs: int = 16
+    epochs: int = 6
     warmup_epochs: int = 1
     base_lr: float = 6e-3  # the paper's 1.5e-4 is for ViT-B and 800 epochs
     weight_decay: float = 0.05

@@ -1,4 +1,4 @@
-"""PiLaMIM: Pixel and Latent Masked Image Modeling (Lee et al., arXiv 2501.03005), in one file.
+"""PiLaMIM: Toward Richer Visual Representation by Integrating Pixel and Latent Masked Image Modeling (arXiv 2501.03005).
 
 Predicting pixels keeps detail (where, how many, how far); predicting another encoder's features keeps meaning. Here one
 encoder does both at once: it sees a quarter of an image, and from its output one small decoder paints the hidden patches
@@ -79,7 +79,7 @@ class Config:
     model: str = "nano"
     batch_size: int = 128
     accum: int = 1
-    epochs: int = 16
+    epochs: int = 9
     warmup_epochs: int = 1
     base_lr: float = 6e-3  # the paper's 1.5e-4 is for ViT-B and 800 epochs
     weight_decay: float = 0.05

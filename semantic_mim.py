@@ -1,4 +1,4 @@
-"""Semantic MIM: Marrying Masked Image Modeling with Semantics Compression (Yuan et al., arXiv 2406.10673), in one file.
+"""SemanticMIM: masked image modelling with semantics compression (arXiv 2406.10673), in one file.
 
 If mask tokens can look at the visible patches they copy from their neighbours, and no token need know what the image is
 of. Here they may not: a few proxy tokens gather what the visible patches have to say (compression), and the mask tokens
@@ -96,7 +96,7 @@ class Config:
     model: str = "nano"
     batch_size: int = 128
     accum: int = 1
-    epochs: int = 16
+    epochs: int = 6
     warmup_epochs: int = 1
     base_lr: float = 2e-3  # the paper's 2e-4 is for ViT-B and 300 epochs
     weight_decay: float = 0.05

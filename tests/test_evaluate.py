@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import json
+import shlex
 import sys
 
 import pytest
@@ -11,8 +12,9 @@ import torch.nn.functional as F
 from torchvision.transforms.functional import to_pil_image
 
 import evaluate
+from test_programs import printed_commands
 from common import BadInput, knn_predict, main, parse_args, save_picture
-from conftest import FIXTURES, noise_image, write_images
+from conftest import FIXTURES, ROOT, noise_image, run_program, write_images
 from evaluate import Config, METHODS, encoder_of, export_encoder, fit_heads, load_model, mean_iou, patch_labels, probe_images, tsne
 
 SMALL = {"mae": dict(img_size=32, patch_size=8, dim=32, depth=2, heads=2, decoder_dim=16, decoder_depth=1, decoder_heads=2),
@@ -239,3 +241,48 @@ def test_pictures_of_given_files(tmp_path, monkeypatch):
     save_picture(tmp_path / "photo.png", [torch.rand(1, 3, 50, 60)])
     assert run(monkeypatch, path, "--probe", "knn", "--picture", "--images", tmp_path / "photo.png") == 0
     assert (tmp_path / "eval_reconstruction.png").exists()
+
+
+# -- what is printed runs ---------------------------------------------------------------------------------
+
+PRINTED = sorted({c for text in (evaluate.__doc__, (ROOT / "README.md").read_text()) for c in printed_commands(text)
+                  if " evaluate.py" in c})
+
+
+def test_printed_commands_are_found():
+    assert len(PRINTED) >= 6 and any("--export" in c for c in PRINTED) and any(c.startswith("torchrun") for c in PRINTED)
+
+
+@pytest.mark.parametrize("command", PRINTED)
+def test_printed_command_runs(command, tmp_path, monkeypatch):
+    """At toy size, on files that stand for those that are named."""
+    for method in ("mae", "capi"):
+        (tmp_path / "runs" / method).mkdir(parents=True)
+        checkpoint(tmp_path / "runs" / method / "last.pt", method)
+    torch.save({"model": small("mae").state_dict()}, tmp_path / "mae_pretrain_vit_base.pth")
+    mae = importlib.import_module("mae")  # a released file does not tell its heads, and the toy's are unusual
+    released = mae.MAE.from_released.__func__
+    monkeypatch.setattr(mae.MAE, "from_released", classmethod(lambda cls, s: released(cls, s, heads=2, decoder_heads=2)))
+    for split in ("train", "val"):
+        if "--masks" in command:
+            write_images(tmp_path / "DIR" / split, 4)
+            (tmp_path / "DIR" / f"{split}annot").mkdir()
+            for i in range(4):
+                to_pil_image((noise_image(i, 1) // 32)[0]).save(tmp_path / "DIR" / f"{split}annot" / f"{i:03}.png")
+        else:
+            for name in ("a", "b"):
+                write_images(tmp_path / "DIR" / split / name, 4)
+    program, *words = shlex.split(command)
+    words = words[next(i for i, word in enumerate(words) if word.endswith(".py")) + 1:]
+    words += ["--device", "cpu", "--epochs", "1", "--workers", "0"] + ["--img-size", "32"] * ("--img-size" in words)
+    monkeypatch.chdir(tmp_path)
+    if program == "torchrun":  # the toy encoder is the tests' own, so the other processes need one that they know
+        cfg = dataclasses.replace(mae.Config(), data="shapes:32", patch_size=8, mean=(0.5,) * 3, std=(0.25,) * 3)
+        torch.save({"method": "mae", "config": dataclasses.asdict(cfg), "step": 1, "model": mae.build(cfg).state_dict()},
+                   tmp_path / "runs" / "mae" / "last.pt")
+        done = run_program(words, cwd=tmp_path, nproc=2, program="evaluate.py")
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("written:") == 1  # one process speaks
+    else:
+        assert run(monkeypatch, *words) == 0
+    assert (tmp_path / "encoder.pt").exists() == ("--export" in command)
