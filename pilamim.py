@@ -63,7 +63,7 @@ class Config:
     latent_weight: float = flag(1.0, "weight of L_latent; 0 drops it", least=0)
     cls_weight: float = flag(1.0, "weight of L_cls; 0 drops it", least=0)
     decoder_dim: int = flag(64, "width of both decoders; the paper's is 384", least=1)
-    decoder_depth: int = flag(1, "blocks of each decoder; the paper's is 6", least=1)
+    decoder_depth: int = flag(2, "blocks of each decoder; the paper's is 6", least=1)
     decoder_heads: int = flag(2, "heads of both decoders; the paper's is 12", least=1)
     ema: tuple[float, ...] = flag((0.996, 1.0), "momentum of the teacher at the start and at the end, linear between", least=0, most=1)
     crop_scale: tuple[float, ...] = (0.2, 1.0)
@@ -79,9 +79,9 @@ class Config:
     model: str = "nano"
     batch_size: int = 128
     accum: int = 1
-    epochs: int = 9
+    epochs: int = 8
     warmup_epochs: int = 1
-    base_lr: float = 6e-3  # the paper's 1.5e-4 is for ViT-B and 800 epochs
+    base_lr: float = 8e-3  # the paper's 1.5e-4 is for ViT-B and 800 epochs
     weight_decay: float = 0.05
     clip_grad: float = 1.0
     workers: int = -1
