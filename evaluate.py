@@ -36,11 +36,11 @@ import torchvision.transforms.v2.functional as TF
 from tqdm import tqdm
 
 from common import (READ_ERRORS, BadInput, DropPath, Order, Pixels, centre_box, denormalise, draw, eval_batches, features_of,
-                    find_images, flag, gather, knn_predict, load_data, main, match_channels, normalise, pair, patch_grid,
-                    patchify, pca_colours, random_mask, raw_pixels, read_checkpoint, read_image, save_picture, seed_of, start,
+                    find_images, flag, knn_predict, load_data, main, match_channels, normalise, pair, patch_grid,
+                    patchify, pca_colours, random_mask, raw_pixels, read_checkpoint, read_image, save_picture, start,
                     train_batches, warmup_cosine)
 
-METHODS = {  # method: (class, where its encoder's blocks are, what stands before the patches, which of it is CLS)
+METHODS = {  # method: (class, where the blocks of its encoder are)
     "mae": ("MAE", "blocks"), "latent_mim": ("LatentMIM", "encoder.blocks"), "semantic_mim": ("SemanticMIM", "blocks"),
     "pilamim": ("PiLaMIM", "encoder.blocks"), "capi": ("CAPI", "teacher.blocks"),
 }

@@ -79,7 +79,7 @@ class Config:
     model: str = "nano"
     batch_size: int = 128
     accum: int = 1
-    epochs: int = 8
+    epochs: int = 7
     warmup_epochs: int = 1
     base_lr: float = 8e-3  # the paper's 1.5e-4 is for ViT-B and 800 epochs
     weight_decay: float = 0.05

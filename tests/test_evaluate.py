@@ -13,7 +13,7 @@ from torchvision.transforms.functional import to_pil_image
 
 import evaluate
 from test_programs import printed_commands
-from common import BadInput, knn_predict, main, parse_args, save_picture
+from common import BadInput, knn_predict, main, save_picture
 from conftest import FIXTURES, ROOT, noise_image, run_program, write_images
 from evaluate import Config, METHODS, encoder_of, export_encoder, fit_heads, load_model, mean_iou, patch_labels, probe_images, tsne
 
