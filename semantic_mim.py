@@ -317,8 +317,11 @@ class SemanticMIM(nn.Module):
         patches before the final norm, then a LayerNorm of its own (without gain, there is nothing to train it); patches
         are after the final norm. Other image sizes are fine: positions are resized."""
         training = self.training
-        x = self.eval().tokens(images, self.blocks)[:, self.num_proxy:]
-        self.train(training)
+        if training:  # drop path has no place here
+            self.eval()
+        x = self.tokens(images, self.blocks)[:, self.num_proxy:]
+        if training:
+            self.train()
         return F.layer_norm(x.mean(1), x.shape[-1:], eps=1e-6), self.norm(x)
 
     @torch.no_grad()

@@ -7,6 +7,7 @@ import importlib
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -99,6 +100,17 @@ def write_images(folder, count, first=0):
     for i in range(first, first + count):
         to_pil_image(noise_image(i)).save(folder / f"{i:03}.png")
     return folder
+
+
+def printed_commands(text):
+    """The commands of a text that start a program here, without the words behind them."""
+    found = []
+    for line in re.sub(r"\s*\\\n\s*", " ", text).splitlines():
+        for command in line.split("&&"):
+            command = re.split(r"\s{3,}|\s#", command.strip())[0]
+            if re.match(r"(python|torchrun) .*\.py\b", command):
+                found.append(command)
+    return found
 
 
 def launch(args, nproc=1, program="mae.py"):

@@ -12,9 +12,8 @@ import torch.nn.functional as F
 from torchvision.transforms.functional import to_pil_image
 
 import evaluate
-from test_programs import printed_commands
 from common import BadInput, knn_predict, main, save_picture
-from conftest import FIXTURES, ROOT, noise_image, run_program, write_images
+from conftest import FIXTURES, ROOT, noise_image, printed_commands, run_program, write_images
 from evaluate import Config, METHODS, encoder_of, export_encoder, fit_heads, load_model, mean_iou, patch_labels, probe_images, tsne
 
 SMALL = {"mae": dict(img_size=32, patch_size=8, dim=32, depth=2, heads=2, decoder_dim=16, decoder_depth=1, decoder_heads=2),

@@ -21,7 +21,7 @@ import torch
 import common
 import mae
 from common import MODELS, main, parse_args, read_checkpoint
-from conftest import (METHODS, MODULES, PICTURES, ROOT, TINY, environment, launch, losses, records, run_program, tiny,
+from conftest import (METHODS, MODULES, PICTURES, ROOT, TINY, environment, launch, losses, printed_commands, records, run_program, tiny,
                       tiny_flags, write_images)
 
 each_method = pytest.mark.parametrize("method", METHODS)
@@ -455,17 +455,6 @@ def test_wrong_invocation_of_the_real_program(tmp_path):
 
 
 # -- what is printed ------------------------------------------------------------------------------------
-
-def printed_commands(text):
-    """The commands of a text that start a program here, without the words behind them."""
-    found = []
-    for line in re.sub(r"\s*\\\n\s*", " ", text).splitlines():
-        for command in line.split("&&"):
-            command = re.split(r"\s{3,}|\s#", command.strip())[0]
-            if re.match(r"(python|torchrun) .*\.py\b", command):
-                found.append(command)
-    return found
-
 
 def all_commands():
     fenced = re.findall(r"^```(?:sh|bash|console)?\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
