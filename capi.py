@@ -364,13 +364,18 @@ class CAPI(nn.Module):
         so that they can come in chunks; the logits of a chunk are made again in the backward pass."""
         def loss_of(x, assignments):
             return cross_entropy(self.cluster_head(x), assignments) * x.shape[1]
-        assignments, loss = [], 0
-        for x in target.split(max(1, self.CHUNK // (len(target) * self.clusters)), 1):
+        assignments, loss, chunk = [], 0, max(1, self.CHUNK // (len(target) * self.clusters))
+        for x in target.split(chunk, 1):
+            if chunk >= target.shape[1]:  # all at once: the logits can stay
+                logits = self.cluster_head(x)
+                assignments.append(sinkhorn(logits).to(logits.dtype))
+                loss = cross_entropy(logits, assignments[-1]) * x.shape[1]
+                continue
             with torch.no_grad():
                 logits = self.cluster_head(x)
                 assignments.append(sinkhorn(logits).to(logits.dtype))
-            whole = x.shape[1] == target.shape[1]
-            loss = loss + (loss_of(x, assignments[-1]) if whole else checkpoint(loss_of, x, assignments[-1], use_reentrant=False))
+            torch.clear_autocast_cache()  # else the weights that were cast without gradient are used again below
+            loss = loss + checkpoint(loss_of, x, assignments[-1], use_reentrant=False)
         return torch.cat(assignments, 1), loss / target.shape[1]
 
     def tokens(self, images):

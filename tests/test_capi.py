@@ -651,3 +651,16 @@ def test_init_is_the_papers():
             assert p.std().item() == pytest.approx(0.02, rel=0.3 if p.numel() < 1000 else 0.05), name
         else:
             assert not p.any() if name.endswith("bias") else p.eq(1).all(), name
+
+
+def test_chunks_train_the_clusters_under_autocast_too(monkeypatch):
+    """torch 2.6 keeps weights that were cast without gradient and uses them again where there should be one."""
+    model = small()
+    images = torch.randn(4, 3, *[n * model.patch_size for n in model.grid])
+    for chunk in (1, 2**27):
+        monkeypatch.setattr(CAPI, "CHUNK", chunk)
+        model.zero_grad(set_to_none=True)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss, _ = model(images)
+        loss.backward()
+        assert model.cluster_head.layer.weight.grad is not None and model.cluster_head.layer.weight.grad.any()

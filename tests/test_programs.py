@@ -21,8 +21,8 @@ import torch
 import common
 import mae
 from common import MODELS, main, parse_args, read_checkpoint
-from conftest import (METHODS, MODULES, PICTURES, ROOT, TINY, environment, launch, losses, printed_commands, records, run_program, tiny,
-                      tiny_flags, write_images)
+from conftest import (METHODS, MODULES, PICTURES, ROOT, TINY, environment, launch, losses, printed_commands, records,
+                      run_program, tiny, tiny_flags, write_images)
 
 each_method = pytest.mark.parametrize("method", METHODS)
 MORE_STEPS = ["--data", "shapes:80", "--epochs", "2", "--log-every", "1", "--eval-every", "0"]
