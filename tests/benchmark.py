@@ -2,6 +2,8 @@
 
   python tests/benchmark.py                          every method at the demo's size, each in the settings that apply
   python tests/benchmark.py --model small --img-size 224 --batch-size 16 --steps 15
+  python tests/benchmark.py --peers                  MAE beside transformers' and lightly's, where they are installed
+  python tests/benchmark.py --cost                   what the papers' recipes take, on paper: nothing is run
 
 A whole training step is timed: batch, mask, forward, backward, clipping, AdamW. The settings take turns, three rounds of
 each, and the median counts: on a noisy machine only ratios within one run mean anything. Never run inside a test.
@@ -9,14 +11,19 @@ each, and the median counts: on a noisy machine only ratios within one run mean 
 
 import argparse
 import contextlib
+import dataclasses
+import importlib
 import io
 import json
+import re
 import resource
 import statistics
 import subprocess
 import sys
 import tempfile
+import warnings
 from pathlib import Path
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[1]
 METHODS = ["mae", "latent_mim", "semantic_mim", "pilamim", "capi"]
@@ -44,6 +51,91 @@ def one(method, flags):
                       "data wait": statistics.median(r["data_wait"] for r in steps)}))
 
 
+IMAGENET = 1_281_167
+
+
+def recipes(method):
+    """The full-size commands printed in the head of a method's file -> their flags."""
+    doc = re.sub(r"\s*\\\n\s*", " ", (ROOT / f"{method}.py").read_text().split('"""')[1])
+    return [re.split(r"\s{3,}", line.split(f"{method}.py ")[1])[0].split() for line in doc.splitlines()
+            if line.strip().startswith("torchrun")]
+
+
+def cost_of(method, flags, fake):
+    """One recipe: FLOPs of a step per image by torch's counter; bytes of what autograd keeps for the backward pass, fused
+    attention as on a GPU, bf16. The tensors are fake, they have sizes and no numbers: ViT-L takes seconds anywhere."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+    import common
+    module = importlib.import_module(method)
+    cfg = common.parse_args(module.Config, argv=flags)
+    cfg = dataclasses.replace(cfg, patch_size=cfg.patch_size or 16)
+    cfg = module.with_recipe(cfg) if hasattr(module, "with_recipe") else cfg
+
+    class Fused(torch.autograd.Function):  # keeps what the fused kernel keeps: q, k, v, the output and a number per query
+        @staticmethod
+        def forward(ctx, q, k, v):
+            out = torch.empty_like(q)
+            ctx.save_for_backward(q, k, v, out, q[..., 0].float())
+            return out
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return tuple(torch.empty_like(t) for t in ctx.saved_tensors[:3])
+
+    plain, kept, batch = common.attend, {}, 64
+    result = {"cfg": cfg}
+    type(fake).__deepcopy__ = lambda self, memo: self  # a copied teacher stays in the same fake world
+    with fake, mock.patch("torch.nn.init.trunc_normal_", lambda t, **_: t):  # which looks at numbers
+        model = module.build(cfg).train()
+        own = {t.untyped_storage()._cdata for t in [*model.parameters(), *model.buffers()]}
+        images = torch.empty(batch, cfg.in_chans, *[n * (model.patch_size + getattr(model, "gap", 0)) for n in model.grid])
+        extra = {"tokens": torch.zeros(batch, model.num_patches, dtype=torch.long)} if getattr(cfg, "target", "") == "dvae" else {}
+
+        def keep(t):
+            if t.untyped_storage()._cdata not in own:
+                kept[t.untyped_storage()._cdata] = t
+            return t
+        for attend in (plain, Fused.apply):
+            for part in (common, module):
+                if hasattr(part, "attend"):
+                    part.attend = attend
+            kept.clear()
+            with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), \
+                    torch.autocast("cpu", torch.bfloat16):
+                loss, _ = model(images, **extra)
+                loss.backward()
+            if attend is plain:
+                result["flops"] = counter.get_total_flops() / batch
+        result["bytes"] = sum(t.untyped_storage().nbytes() for t in kept.values()) / batch
+    for part in (common, module):
+        if hasattr(part, "attend"):
+            part.attend = plain
+    count = lambda wanted: sum(p.numel() for p in model.parameters() if p.requires_grad == wanted)
+    return result | {"trained": count(True), "frozen": count(False)}
+
+
+def print_costs(card, utilisation):
+    """Every recipe printed in the files' heads, and SemanticMIM's baselines."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    sys.path.insert(0, str(ROOT))
+    fake, first = FakeTensorMode(), None
+    rows = [(m, flags + more) for m in METHODS for flags in recipes(m) for more in ([[], ["--baseline"]] if m == "semantic_mim" else [[]])]
+    warnings.filterwarnings("ignore", "Accessing the data pointer")
+    print(f"At {utilisation:.0%} of {card:g} TFLOP/s per GPU; scaling taken as perfect, with the traffic that has to hide behind the step")
+    print(f"{'recipe':36}{'GFLOP/img':>10}{'x MAE':>7}{'MiB/img':>9}{'state GB':>9}{'batch':>7}{'epochs':>7}{'GPU-hours':>10}"
+          f"{'h on 8':>8}{'h on 64':>8}{'GB/step':>9}")
+    for method, flags in rows:
+        r = cost_of(method, flags, fake)
+        cfg, first = r["cfg"], first or r["flops"]
+        what = " ".join(filter(None, [method, getattr(cfg, "target", ""), "baseline" * getattr(cfg, "baseline", False),
+                                      f"{cfg.model}/{cfg.patch_size}"]))
+        hours = r["flops"] * cfg.epochs * IMAGENET / (utilisation * card * 1e12) / 3600
+        state = (16 * r["trained"] + 4 * r["frozen"]) / 1e9  # weight, gradient, two averages in float32; the teacher's weight
+        print(f"{what:36}{r['flops'] / 1e9:10.1f}{r['flops'] / first:7.2f}{r['bytes'] / 2**20:9.1f}{state:9.1f}"
+              f"{cfg.batch_size:7}{cfg.epochs:7}{hours:10.0f}{hours / 8:8.1f}{hours / 64:8.1f}{2 * 4 * r['trained'] / 1e9:9.2f}")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
@@ -51,8 +143,13 @@ def main():
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=60, help="timed in each round")
     parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--cost", action="store_true", help="print what the papers' recipes cost, and leave")
+    parser.add_argument("--card", type=float, default=989, help="TFLOP/s of a GPU in bf16, for --cost; 989 is an H100's or H200's")
+    parser.add_argument("--utilisation", type=float, default=0.4, help="share of it that is reached, for --cost")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args, flags = parser.parse_known_args()
+    if args.cost:
+        return print_costs(args.card, args.utilisation)
     windows = 4  # of steps / 3 each, the first not counted
     pictures = args.batch_size * 8
     common = ["--data", f"shapes:{pictures}", "--batch-size", str(args.batch_size), "--log-every", str(args.steps // 3),
