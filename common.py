@@ -21,6 +21,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 import torchvision.transforms.v2.functional as TF
+from PIL import Image, ImageOps  # torchvision brings it
 from tqdm import tqdm
 
 
@@ -396,7 +397,7 @@ NAMED = {  # name: (torchvision's class, options of the training set, of the tes
     "oxford_pets": ("OxfordIIITPet", {"split": "trainval"}, {"split": "test"}, False),
 }
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".npy")
-READ_ERRORS = (OSError, RuntimeError, ValueError, SyntaxError)  # what decoders raise on a file that is no image
+READ_ERRORS = (OSError, RuntimeError, ValueError, SyntaxError, Image.DecompressionBombError)  # what decoders raise on a file that is no image
 
 
 def load_data(cfg, run):
@@ -514,8 +515,13 @@ def read_image(path, chans):
             raise ValueError(f"a .npy image is uint8 [H, W, C], this one is {array.dtype} {list(array.shape)}")
         image = torch.from_numpy(array)
         return match_channels(image[None] if image.ndim == 2 else image.permute(2, 0, 1).contiguous(), chans)
-    with torchvision.datasets.folder.default_loader(path) as image:
-        return match_channels(TF.pil_to_tensor(image), chans)
+    with Image.open(path) as image:  # of an animation the first picture
+        ImageOps.exif_transpose(image, in_place=True)  # as it was held, not as the sensor lay
+        if image.mode[0] in "IF":  # 16 bits or more: convert would cut at 255
+            array = np.asarray(image, np.float32)
+            top = 65535 if image.mode.startswith("I") else array.max()
+            return match_channels(torch.from_numpy(array / max(top, 1e-12) * 255).clamp(0, 255).byte()[None], chans)
+        return match_channels(TF.pil_to_tensor(image.convert("RGB")), chans)
 
 
 # -- crops ----------------------------------------------------------------------------------------------------------
@@ -1035,10 +1041,19 @@ def read_checkpoint(path):
 
 def find_resume(cfg, method, run):
     """The checkpoint to go on from, or None; refused where it is another method's or another Config's."""
-    path = Path(cfg.out, "last.pt") if cfg.resume == "auto" else Path(cfg.resume)
-    if cfg.resume == "no" or cfg.resume == "auto" and not path.exists():
+    paths = [p for p in (Path(cfg.out, "last.pt"), Path(cfg.out, "previous.pt")) if p.exists()] if cfg.resume == "auto" \
+        else [Path(cfg.resume)]
+    if cfg.resume == "no" or not paths:
         return None
-    state = read_checkpoint(path)
+    path = paths[0]
+    try:
+        state = read_checkpoint(path)
+    except BadInput as error:
+        if len(paths) == 1:
+            raise
+        path = paths[1]
+        state = read_checkpoint(path)
+        run.say(f"warning: {error}; the one before it is taken")
     if state.get("method") != method:
         raise BadInput(f"{path}: " + (f"a checkpoint of {state['method']}, not of {method}" if "method" in state else
                        "not a checkpoint of this repository's training runs"))
@@ -1052,13 +1067,15 @@ def find_resume(cfg, method, run):
 
 
 def save_checkpoint(path, state):
-    """Written beside, flushed, renamed: what is at `path` is always whole, the old or the new."""
+    """Written beside, flushed, renamed: what is at `path` is always whole, the old or the new; the one before is kept."""
     part = path.with_name(path.name + ".part")
     try:
         with open(part, "wb") as file:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
+        if path.exists():
+            os.replace(path, path.with_name("previous.pt"))
         os.replace(part, path)
     except (OSError, RuntimeError) as error:  # a full disk: torch's writer raises RuntimeError
         part.unlink(missing_ok=True)

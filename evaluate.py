@@ -33,6 +33,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 import torchvision.transforms.v2.functional as TF
+from PIL import Image
 from tqdm import tqdm
 
 from common import (READ_ERRORS, BadInput, DropPath, Order, Pixels, centre_box, denormalise, draw, eval_batches, features_of,
@@ -178,7 +179,7 @@ def masked_sets(cfg, masks, root):
         def rows():
             for path in paths:
                 try:
-                    mask = torchvision.datasets.folder.Image.open((folder / path.relative_to(inside)).with_suffix(".png"))
+                    mask = Image.open((folder / path.relative_to(inside)).with_suffix(".png"))
                     yield read_image(str(path), cfg.in_chans), TF.pil_to_tensor(mask)[0]
                 except READ_ERRORS as error:
                     raise BadInput(f"{path} or its mask cannot be read ({error})") from error
@@ -511,6 +512,8 @@ def evaluate(cfg):
         print(f"{cfg.export}: {len(state)} tensors, {sum(t.numel() for t in state.values()) / 1e6:.2f} M numbers; left out:")
         for part in sorted({name.split(".")[0] for name in left}):
             print(f"  {part}: {sum(name.split('.')[0] == part for name in left)} tensors")
+        if method == "pilamim":
+            print("its norms have eps 1e-5: timm.create_model(..., norm_layer=functools.partial(torch.nn.LayerNorm, eps=1e-5))")
         return 0
     changes = {"data": cfg.data or trained.data, "img_size": cfg.img_size or trained.img_size, "batch_size": 256, "accum": 1}
     mcfg = dataclasses.replace(trained, data_root=cfg.data_root, workers=cfg.workers, device=cfg.device, amp=cfg.amp,

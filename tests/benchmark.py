@@ -12,6 +12,7 @@ each, and the median counts: on a noisy machine only ratios within one run mean 
 import argparse
 import contextlib
 import dataclasses
+import functools
 import importlib
 import io
 import json
@@ -136,6 +137,99 @@ def print_costs(card, utilisation):
               f"{cfg.batch_size:7}{cfg.epochs:7}{hours:10.0f}{hours / 8:8.1f}{hours / 64:8.1f}{2 * 4 * r['trained'] / 1e9:9.2f}")
 
 
+PEER_SIZES = {  # img_size, patch_size, dim, depth, heads, decoder_dim, decoder_depth, decoder_heads; batch
+    "32/4, 192 x 6": ((32, 4, 192, 6, 3, 96, 2, 3), 256), "ViT-S/16": ((224, 16, 384, 12, 6, 512, 8, 16), 16),
+}
+
+
+def contenders(sizes):
+    """name -> (model, function from images to loss), all MAE with 75 % masked and standardised targets."""
+    import torch
+    import torch.nn.functional as F
+    names = "img_size patch_size dim depth heads decoder_dim decoder_depth decoder_heads".split()
+    s = dict(zip(names, sizes))
+    found = {}
+    sys.path.insert(0, str(ROOT))
+    from mae import MAE
+    for name in ("ours", "ours, compiled"):
+        model = MAE(**s)
+        found[name] = (model, lambda images, model=model: model(images)[0])
+    found["ours, compiled"][0].compile()
+    try:
+        from transformers import ViTMAEConfig, ViTMAEForPreTraining
+        theirs = ViTMAEForPreTraining(ViTMAEConfig(
+            image_size=s["img_size"], patch_size=s["patch_size"], hidden_size=s["dim"], num_hidden_layers=s["depth"],
+            num_attention_heads=s["heads"], intermediate_size=4 * s["dim"], decoder_hidden_size=s["decoder_dim"],
+            decoder_num_hidden_layers=s["decoder_depth"], decoder_num_attention_heads=s["decoder_heads"],
+            decoder_intermediate_size=4 * s["decoder_dim"], mask_ratio=0.75, norm_pix_loss=True))
+        found["transformers"] = (theirs, lambda images: theirs(images).loss)
+    except ImportError as error:
+        print(f"transformers: not measured ({error})")
+    try:
+        from lightly.models import utils
+        from lightly.models.modules import MAEDecoderTIMM, MaskedVisionTransformerTIMM
+        from timm.models.vision_transformer import VisionTransformer
+        vit = VisionTransformer(img_size=s["img_size"], patch_size=s["patch_size"], embed_dim=s["dim"], depth=s["depth"],
+                                num_heads=s["heads"], num_classes=0)
+        encoder = MaskedVisionTransformerTIMM(vit=vit)
+        length = encoder.sequence_length
+        decoder = MAEDecoderTIMM(num_patches=length - 1, patch_size=s["patch_size"], embed_dim=s["dim"], decoder_embed_dim=s["decoder_dim"],
+                                 decoder_depth=s["decoder_depth"], decoder_num_heads=s["decoder_heads"], mlp_ratio=4.0,
+                                 proj_drop_rate=0.0, attn_drop_rate=0.0)
+
+        def loss_of(images):
+            keep, hidden = utils.random_token_mask(size=(len(images), length), mask_ratio=0.75, device=images.device)
+            x = decoder.embed(encoder.encode(images=images, idx_keep=keep))
+            tokens = utils.repeat_token(decoder.mask_token, (len(images), length))
+            tokens = utils.set_at_index(tokens, keep, x.type_as(tokens))
+            pred = decoder.predict(utils.get_at_index(decoder.decode(tokens), hidden))
+            target = utils.get_at_index(utils.patchify(images, s["patch_size"]), hidden - 1)
+            target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6) ** 0.5
+            return F.mse_loss(pred.float(), target)
+        found["lightly"] = (torch.nn.ModuleList([encoder, decoder]), loss_of)
+    except ImportError as error:
+        print(f"lightly: not measured ({error})")
+    return found
+
+
+def print_peers(rounds, steps):
+    """Images per second of the same MAE: mask, forward, backward, AdamW on images that are already there. All take turns."""
+    import time
+    import torch
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for title, (sizes, batch) in PEER_SIZES.items():
+        torch.manual_seed(0)
+        images, racers, speeds = torch.randn(batch, 3, sizes[0], sizes[0], device=device), {}, {}
+        for name, (model, loss_of) in contenders(sizes).items():
+            model.to(device).train()
+            trained = [p for p in model.parameters() if p.requires_grad]
+            optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.05, **({"fused": True} if "ours" in name else {}))
+
+            def step(bf16, loss_of=loss_of, optimizer=optimizer):
+                with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                    loss = loss_of(images)
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            racers |= {f"{name}, {'bf16' if bf16 else 'fp32'}": functools.partial(step, bf16) for bf16 in (False, True)}
+        for step in racers.values():  # warm up, compile
+            step(), step()
+        for _ in range(rounds):
+            for name, step in racers.items():
+                began = time.perf_counter()
+                for _ in range(steps):
+                    step()
+                if device.type == "cuda":
+                    torch.cuda.synchronize()
+                speeds.setdefault(name, []).append(batch * steps / (time.perf_counter() - began))
+        speeds = {name: statistics.median(rates) for name, rates in speeds.items()}
+        peers = {name: rate for name, rate in speeds.items() if "ours" not in name}
+        print(f"{title}, batch {batch}, torch {torch.__version__}, {device}, {torch.get_num_threads()} threads")
+        print(f"{'':26}{'img/s':>8}" + "".join(f"{'x ' + name:>22}" for name in peers))
+        for name, rate in speeds.items():
+            print(f"{name:26}{rate:8.0f}" + "".join(f"{rate / other:22.2f}" for other in peers.values()), flush=True)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
@@ -143,6 +237,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=60, help="timed in each round")
     parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--peers", action="store_true", help="race MAE against transformers' and lightly's, and leave")
     parser.add_argument("--cost", action="store_true", help="print what the papers' recipes cost, and leave")
     parser.add_argument("--card", type=float, default=989, help="TFLOP/s of a GPU in bf16, for --cost; 989 is an H100's or H200's")
     parser.add_argument("--utilisation", type=float, default=0.4, help="share of it that is reached, for --cost")
@@ -150,6 +245,8 @@ def main():
     args, flags = parser.parse_known_args()
     if args.cost:
         return print_costs(args.card, args.utilisation)
+    if args.peers:
+        return print_peers(args.rounds, args.steps)
     windows = 4  # of steps / 3 each, the first not counted
     pictures = args.batch_size * 8
     common = ["--data", f"shapes:{pictures}", "--batch-size", str(args.batch_size), "--log-every", str(args.steps // 3),
