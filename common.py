@@ -46,9 +46,9 @@ LayerNorm = functools.partial(nn.LayerNorm, eps=1e-6)
 
 def attend(q, k, v):
     """Softmax attention. q [B, heads, Q, d], k and v [B, heads, K, d] -> [B, heads, Q, d]."""
-    # On a CPU the backward of the fused kernel is slow (in bf16 8 times slower than in fp32, torch 2.15); two plain
-    # products win until the Q x K matrix leaves the caches.
-    if q.device.type == "cpu" and q.shape[2] * k.shape[2] <= 512 * 512:
+    # On a CPU the backward of the fused kernel is slow, in bf16 5 to 8 times slower than in fp32 (torch 2.15). Two plain
+    # products win in bf16 until the Q x K matrix leaves the caches, in fp32 up to some 50 tokens.
+    if q.device.type == "cpu" and q.shape[2] * k.shape[2] <= (512 * 512 if q.dtype is torch.bfloat16 else 50 * 50):
         return (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(-1) @ v
     return F.scaled_dot_product_attention(q, k, v)
 
@@ -160,6 +160,11 @@ def pair(size):
     """32, (32,) or (32, 48) -> (height, width)."""
     size = (size,) if isinstance(size, int) else tuple(size)
     return size * 2 if len(size) == 1 else size
+
+
+def usual_patch(img_size):
+    size = max(pair(img_size))
+    return 4 if size < 48 else 8 if size < 160 else 16
 
 
 def patch_grid(img_size, patch_size):
@@ -570,8 +575,9 @@ def crop_resize(images, boxes, flips, size):
                   if n_in <= 48 and n_out <= 48 else resample_matrix(start, length, n_in, n_out)
                   for start, length, n_in, n_out in ((top, h, images.shape[2], size[0]), (left, w, images.shape[3], size[1])))
     cols = torch.where(flips[:, None, None], cols.flip(1), cols)
-    x = torch.bmm(images.float().flatten(1, 2), cols.mT).unflatten(1, images.shape[1:3])  # [B, C, H, w]
-    return (rows[:, None] @ x).clamp_(0, 255)
+    x = images.transpose(1, 2).float().contiguous().flatten(1, 2)  # [B, H * C, W]; so both products are one per image
+    x = torch.bmm(rows, torch.bmm(x, cols.mT).unflatten(1, (images.shape[2], -1)).flatten(2))  # [B, h, C * w]
+    return x.unflatten(2, (images.shape[1], -1)).transpose(1, 2).clamp_(0, 255)
 
 
 def centre_box(height, width, size, margin):
@@ -906,8 +912,7 @@ def start(cfg):
         raise BadInput(f"--betas takes two numbers from 0 to below 1, not {' '.join(map(str, cfg.betas))}")
     if len(cfg.img_size) > 2 or min(cfg.img_size) < 1:
         raise BadInput(f"--img-size takes one or two positive numbers, not {' '.join(map(str, cfg.img_size))}")
-    size = max(pair(cfg.img_size))
-    filled = {"patch_size": cfg.patch_size or (4 if size < 48 else 8 if size < 160 else 16)}
+    filled = {"patch_size": cfg.patch_size or usual_patch(cfg.img_size)}
     for name, colour, other in (("mean", IMAGENET_MEAN, 0.5), ("std", IMAGENET_STD, 0.25)):
         given = getattr(cfg, name) or (colour if cfg.in_chans == 3 else (other,))
         if len(given) not in (1, cfg.in_chans) or name == "std" and min(given) <= 0:

@@ -3,6 +3,7 @@
   python tests/benchmark.py                          every method at the demo's size, each in the settings that apply
   python tests/benchmark.py --model small --img-size 224 --batch-size 16 --steps 15
   python tests/benchmark.py --peers                  MAE beside transformers' and lightly's, where they are installed
+  python tests/benchmark.py --images DIR             reading photographs, beside the usual PIL pipeline
   python tests/benchmark.py --cost                   what the papers' recipes take, on paper: nothing is run
 
 A whole training step is timed: batch, mask, forward, backward, clipping, AdamW. The settings take turns, three rounds of
@@ -22,6 +23,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import types
 import warnings
 from pathlib import Path
 from unittest import mock
@@ -70,7 +72,7 @@ def cost_of(method, flags, fake):
     import common
     module = importlib.import_module(method)
     cfg = common.parse_args(module.Config, argv=flags)
-    cfg = dataclasses.replace(cfg, patch_size=cfg.patch_size or 16)
+    cfg = dataclasses.replace(cfg, patch_size=cfg.patch_size or common.usual_patch(cfg.img_size))
     cfg = module.with_recipe(cfg) if hasattr(module, "with_recipe") else cfg
 
     class Fused(torch.autograd.Function):  # keeps what the fused kernel keeps: q, k, v, the output and a number per query
@@ -116,18 +118,23 @@ def cost_of(method, flags, fake):
     return result | {"trained": count(True), "frozen": count(False)}
 
 
-def print_costs(card, utilisation):
-    """Every recipe printed in the files' heads, and SemanticMIM's baselines."""
+def costs(rows):
+    """(method, flags) -> their costs, one after the other."""
     from torch._subclasses.fake_tensor import FakeTensorMode
     sys.path.insert(0, str(ROOT))
-    fake, first = FakeTensorMode(), None
-    rows = [(m, flags + more) for m in METHODS for flags in recipes(m) for more in ([[], ["--baseline"]] if m == "semantic_mim" else [[]])]
     warnings.filterwarnings("ignore", "Accessing the data pointer")
+    fake = FakeTensorMode()
+    return (cost_of(method, flags, fake) for method, flags in rows)
+
+
+def print_costs(card, utilisation):
+    """Every recipe printed in the files' heads, and SemanticMIM's baselines."""
+    first = None
+    rows = [(m, flags + more) for m in METHODS for flags in recipes(m) for more in ([[], ["--baseline"]] if m == "semantic_mim" else [[]])]
     print(f"At {utilisation:.0%} of {card:g} TFLOP/s per GPU; scaling taken as perfect, with the traffic that has to hide behind the step")
     print(f"{'recipe':36}{'GFLOP/img':>10}{'x MAE':>7}{'MiB/img':>9}{'state GB':>9}{'batch':>7}{'epochs':>7}{'GPU-hours':>10}"
           f"{'h on 8':>8}{'h on 64':>8}{'GB/step':>9}")
-    for method, flags in rows:
-        r = cost_of(method, flags, fake)
+    for (method, _), r in zip(rows, costs(rows)):
         cfg, first = r["cfg"], first or r["flops"]
         what = " ".join(filter(None, [method, getattr(cfg, "target", ""), "baseline" * getattr(cfg, "baseline", False),
                                       f"{cfg.model}/{cfg.patch_size}"]))
@@ -197,6 +204,7 @@ def print_peers(rounds, steps):
     import time
     import torch
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    warnings.filterwarnings("ignore", ".*MAEDecoderTIMM")
     for title, (sizes, batch) in PEER_SIZES.items():
         torch.manual_seed(0)
         images, racers, speeds = torch.randn(batch, 3, sizes[0], sizes[0], device=device), {}, {}
@@ -230,6 +238,42 @@ def print_peers(rounds, steps):
             print(f"{name:26}{rate:8.0f}" + "".join(f"{rate / other:22.2f}" for other in peers.values()), flush=True)
 
 
+def print_images(folder, rounds):
+    """Images per second on one core, decoded, cropped and normalised: ours beside torchvision's usual transforms on PIL images."""
+    import time
+    import torch
+    from torchvision import transforms as T
+    sys.path.insert(0, str(ROOT))
+    import common
+    torch.set_num_threads(1)
+    paths = common.find_images(Path(folder))
+    crops = common.Crops(common.Folder(paths, [-1] * len(paths), 3), (224, 224), (0.2, 1.0))
+    cfg = types.SimpleNamespace(mean=common.IMAGENET_MEAN, std=common.IMAGENET_STD)
+    usual = T.Compose([T.RandomResizedCrop(224, scale=(0.2, 1.0), interpolation=T.InterpolationMode.BICUBIC), T.RandomHorizontalFlip(),
+                       T.ToTensor(), T.Normalize(cfg.mean, cfg.std)])
+
+    def ours(some):
+        return common.normalise(crops.collate([crops[i, (0, 0, i)] for i in some])[0].float(), cfg)
+
+    def theirs(some):
+        return torch.stack([usual(common.Image.open(paths[i]).convert("RGB")) for i in some])
+
+    def decoding(some):
+        for i in some:
+            common.Image.open(paths[i]).convert("RGB")
+    speeds = {way.__name__: [] for way in (ours, theirs, decoding)}
+    for _ in range(rounds + 1):  # the first reads the files into memory
+        for way in (ours, theirs, decoding):
+            began = time.perf_counter()
+            for at in range(0, len(paths), 32):
+                way(range(at, min(at + 32, len(paths))))
+            speeds[way.__name__].append(len(paths) / (time.perf_counter() - began))
+    speeds = {name: statistics.median(rates[1:]) for name, rates in speeds.items()}
+    print(f"{len(paths)} images of {folder} to 224 pixels, one core, images/s")
+    for name, what in (("theirs", "torchvision's usual pipeline on PIL"), ("ours", "common.py"), ("decoding", "decoding alone")):
+        print(f"{what:38}{speeds[name]:8.0f}{speeds[name] / speeds['theirs']:8.2f} x")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
@@ -238,6 +282,7 @@ def main():
     parser.add_argument("--steps", type=int, default=60, help="timed in each round")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--peers", action="store_true", help="race MAE against transformers' and lightly's, and leave")
+    parser.add_argument("--images", metavar="DIR", help="time reading and cropping the images of a folder, and leave")
     parser.add_argument("--cost", action="store_true", help="print what the papers' recipes cost, and leave")
     parser.add_argument("--card", type=float, default=989, help="TFLOP/s of a GPU in bf16, for --cost; 989 is an H100's or H200's")
     parser.add_argument("--utilisation", type=float, default=0.4, help="share of it that is reached, for --cost")
@@ -247,6 +292,8 @@ def main():
         return print_costs(args.card, args.utilisation)
     if args.peers:
         return print_peers(args.rounds, args.steps)
+    if args.images:
+        return print_images(args.images, args.rounds)
     windows = 4  # of steps / 3 each, the first not counted
     pictures = args.batch_size * 8
     common = ["--data", f"shapes:{pictures}", "--batch-size", str(args.batch_size), "--log-every", str(args.steps // 3),
@@ -264,11 +311,13 @@ def main():
                     sys.exit(run.stderr)
                 results.setdefault((method, setting), []).append(json.loads(run.stdout.splitlines()[-1]))
     columns = ["img/s", "ms/step", "peak MiB", "data wait"]
-    print(f"{'method':14}{'setting':18}" + "".join(f"{c:>12}" for c in columns))
+    flops = {method: cost["flops"] for method, cost in zip(args.methods, costs([(m, common) for m in args.methods]))}
+    print(f"{'method':14}{'setting':18}" + "".join(f"{c:>12}" for c in columns) + f"{'step, x first':>15}{'FLOPs, x first':>15}")
     for (method, setting), rounds in results.items():
         values = {c: statistics.median(r[c] for r in rounds) for c in columns}
+        first = statistics.median(r["ms/step"] for r in results[args.methods[0], setting])
         print(f"{method:14}{setting:18}{values['img/s']:12.0f}{values['ms/step']:12.1f}{values['peak MiB']:12.0f}"
-              f"{values['data wait']:12.1%}")
+              f"{values['data wait']:12.1%}{values['ms/step'] / first:15.2f}{flops[method] / flops[args.methods[0]]:15.2f}")
 
 
 if __name__ == "__main__":
