@@ -11,7 +11,7 @@ Shape letters, the same in every file: B images, C channels, N patches of an ima
 P = patch * patch * C numbers of a patch, D encoder width, E decoder width, T tokens of any kind.
 """
 
-import argparse, dataclasses, difflib, functools, itertools, json, math, os, platform, shutil, signal, subprocess, sys, time, typing
+import argparse, dataclasses, difflib, functools, importlib.metadata, itertools, json, math, os, platform, shutil, signal, subprocess, sys, time, typing
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +19,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-import torchvision
-import torchvision.transforms.v2.functional as TF
-from PIL import Image, ImageOps  # torchvision brings it
+from PIL import Image, ImageOps  # torchvision brings it; itself it is imported by named_set alone, it takes as long as torch
 from tqdm import tqdm
 
 
@@ -385,7 +383,7 @@ class Named:
 
     def read(self, i):
         image, label = self.data[i]
-        return match_channels(TF.pil_to_tensor(image), self.chans), int(label)
+        return match_channels(pixels_of(image), self.chans), int(label)
 
 
 NAMED = {  # name: (torchvision's class, options of the training set, of the test set, small enough to be held decoded)
@@ -429,6 +427,7 @@ def shapes_set(cfg, start, n, run):
 
 def named_set(cfg, options, run):
     """One of torchvision's sets; downloaded by the first process of a machine, if need be."""
+    import torchvision.datasets
     kind, small = getattr(torchvision.datasets, NAMED[cfg.data][0]), NAMED[cfg.data][3]
     for turn in (True, False):  # the first process of each machine, then the others
         if turn == (run.local_rank == 0):
@@ -496,6 +495,17 @@ def find_images(root):
     return sorted(found)
 
 
+def pixels_of(image):
+    """A PIL image -> uint8 [c, H, W]."""
+    pixels = torch.from_numpy(np.array(image))
+    return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
+
+
+def resize(image, size):
+    """uint8 [c, h, w] -> [c, *size], bicubic with antialiasing: PIL's result, in a fraction of its time."""
+    return F.interpolate(image[None], tuple(size), mode="bicubic", antialias=True)[0]
+
+
 def match_channels(image, chans):
     """uint8 [c, H, W] -> [chans, H, W]: grey is repeated, colour averaged to grey, alpha dropped or added."""
     have = len(image)
@@ -504,7 +514,7 @@ def match_channels(image, chans):
     if have in (2, 4):  # the last one is alpha
         return match_channels(image[:-1], chans)
     if chans == 1 and have == 3:
-        return TF.rgb_to_grayscale(image)
+        return (image * torch.tensor([0.2989, 0.587, 0.114]).view(3, 1, 1)).sum(0, keepdim=True).byte()
     if have == 1 and chans <= 4:
         return image.expand(min(chans, 3), -1, -1) if chans != 4 else match_channels(image.expand(3, -1, -1), 4)
     if have == 3 and chans == 4:
@@ -526,7 +536,7 @@ def read_image(path, chans):
             array = np.asarray(image, np.float32)
             top = 65535 if image.mode.startswith("I") else array.max()
             return match_channels(torch.from_numpy(array / max(top, 1e-12) * 255).clamp(0, 255).byte()[None], chans)
-        return match_channels(TF.pil_to_tensor(image.convert("RGB")), chans)
+        return match_channels(pixels_of(image.convert("RGB")), chans)
 
 
 # -- crops ----------------------------------------------------------------------------------------------------------
@@ -628,8 +638,7 @@ class Crops(torch.utils.data.Dataset):
             boxes, flips = crop_boxes(draw((1, 41), "cpu", "crop", *place), *image.shape[1:], self.scale)
             box, flip = boxes[0].int().tolist(), bool(flips)
         top, left, h, w = box
-        image = image[:, top:top + h, left:left + w]
-        image = TF.resize(image, self.size, interpolation=TF.InterpolationMode.BICUBIC, antialias=True)
+        image = resize(image[:, top:top + h, left:left + w], self.size)
         return image.flip(2) if flip else image, label, broken
 
     @staticmethod
@@ -1097,7 +1106,7 @@ class Log:
         if not self.main:
             return
         header = {"method": method, "config": dataclasses.asdict(cfg), "torch": torch.__version__, "torchvision":
-                  torchvision.__version__, "python": platform.python_version(), "commit": commit(), "processes":
+                  importlib.metadata.version("torchvision"), "python": platform.python_version(), "commit": commit(), "processes":
                   run.world, "device": device_name(run.device), "amp": str(run.amp), "compile": run.compile}
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -1267,5 +1276,8 @@ def save_picture(path, columns, least=96):
     columns = [c[:, :3] if c.shape[1] >= 3 else c[:, :1].expand(-1, 3, -1, -1) for c in columns]
     zoom = max(1, math.ceil(least / min(columns[0].shape[2:])))
     tiles = torch.stack(columns, 1).flatten(0, 1).clamp(0, 1)
-    tiles = tiles.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
-    torchvision.utils.save_image(tiles, path, nrow=2 * len(columns), padding=4, pad_value=1.0)
+    tiles = F.pad(tiles.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3), (4, 0, 4, 0), value=1.0)
+    nrow = min(len(tiles), 2 * len(columns))
+    tiles = torch.cat([tiles, torch.ones_like(tiles[:1]).expand(-len(tiles) % nrow, -1, -1, -1)])
+    sheet = tiles.unflatten(0, (-1, nrow)).permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)  # [rows * h, nrow * w, 3]
+    Image.fromarray((F.pad(sheet, (0, 0, 0, 4, 0, 4), value=1.0) * 255).round().byte().numpy()).save(path)

@@ -31,14 +31,12 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-import torchvision
-import torchvision.transforms.v2.functional as TF
 from PIL import Image
 from tqdm import tqdm
 
 from common import (READ_ERRORS, BadInput, DropPath, Order, Pixels, centre_box, denormalise, draw, eval_batches, features_of,
                     find_images, flag, knn_predict, load_data, main, match_channels, normalise, pair, patch_grid,
-                    patchify, pca_colours, random_mask, raw_pixels, read_checkpoint, read_image, save_picture, start,
+                    patchify, pca_colours, pixels_of, random_mask, raw_pixels, read_checkpoint, read_image, resize, save_picture, start,
                     train_batches, warmup_cosine)
 
 METHODS = {  # method: (class, where the blocks of its encoder are)
@@ -144,15 +142,16 @@ def with_masks(rows, count, cfg, what):
     images, maps, size = [], [], pair(cfg.img_size)
     for image, mask in tqdm(rows, f"reading {what}", total=count, leave=False, disable=None):
         top, left, h, w = centre_box(*image.shape[1:], size, 1.0)
-        cut = lambda t, mode: TF.resize(t[:, top:top + h, left:left + w], size, interpolation=mode)
-        images.append(cut(match_channels(image, cfg.in_chans), TF.InterpolationMode.BICUBIC))
-        maps.append(cut(mask[None], TF.InterpolationMode.NEAREST)[0])
+        image, mask = (t[:, top:top + h, left:left + w] for t in (match_channels(image, cfg.in_chans), mask[None]))
+        images.append(resize(image, size))
+        maps.append(F.interpolate(mask[None], size, mode="nearest")[0, 0])
     return Pixels(torch.stack(images), {}, torch.stack(maps))
 
 
 def masked_sets(cfg, masks, root):
     """Training and test set with masks: one of torchvision's, or folders."""
     if cfg.data in MASKED:
+        import torchvision.datasets
         name, train, test, options = MASKED[cfg.data]
         sets = []
         for split in (train, test):
@@ -160,7 +159,7 @@ def masked_sets(cfg, masks, root):
                 data = getattr(torchvision.datasets, name)(root, download=not Path(root).is_dir(), **split, **options)
             except Exception as error:
                 raise BadInput(f"--data {cfg.data}: not under --data-root {root} ({' '.join(str(error).split())[:200]})") from error
-            rows = ((TF.pil_to_tensor(image), TF.pil_to_tensor(mask)[0]) for image, mask in data)
+            rows = ((pixels_of(image), pixels_of(mask)[0]) for image, mask in data)
             sets.append(with_masks(rows, len(data), cfg, cfg.data))
         return sets
     base = Path(cfg.data)
@@ -180,7 +179,7 @@ def masked_sets(cfg, masks, root):
             for path in paths:
                 try:
                     mask = Image.open((folder / path.relative_to(inside)).with_suffix(".png"))
-                    yield read_image(str(path), cfg.in_chans), TF.pil_to_tensor(mask)[0]
+                    yield read_image(str(path), cfg.in_chans), pixels_of(mask)[0]
                 except READ_ERRORS as error:
                     raise BadInput(f"{path} or its mask cannot be read ({error})") from error
         sets.append(with_masks(rows(), len(paths), cfg, inside))
@@ -419,7 +418,7 @@ def given_image(path, cfg):
     except READ_ERRORS as error:
         raise BadInput(f"--images {path}: cannot be read ({' '.join(str(error).split())[:100]})") from error
     top, left, h, w = centre_box(*image.shape[1:], pair(cfg.img_size), 1.0)
-    return TF.resize(image[:, top:top + h, left:left + w], pair(cfg.img_size), interpolation=TF.InterpolationMode.BICUBIC)
+    return resize(image[:, top:top + h, left:left + w], pair(cfg.img_size))
 
 
 @torch.no_grad()

@@ -129,6 +129,20 @@ def run_program(args, cwd=ROOT, env=None, nproc=1, program="mae.py", timeout=240
                           capture_output=True, text=True, timeout=timeout)
 
 
+def pytest_addoption(parser):
+    parser.addoption("--long", action="store_true", help="the long form of the tests that do damage: half an hour")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "long: takes minutes; runs with --long")
+
+
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if item.get_closest_marker("long") and not config.getoption("--long"):
+            item.add_marker(pytest.mark.skip(reason="takes minutes: --long"))
+
+
 @pytest.fixture(autouse=True)
 def restored(monkeypatch):
     """`train` installs signal handlers and seeds torch: undone after each test. Adds the toy encoder."""

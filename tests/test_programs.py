@@ -17,6 +17,7 @@ import time
 
 import pytest
 import torch
+import torchvision
 
 import common
 import mae
@@ -440,7 +441,7 @@ def test_compile_without_a_compiler(tmp_path, monkeypatch, capsys):
 def test_a_set_that_cannot_be_downloaded(tmp_path, monkeypatch, capsys):
     def offline(root, download, **options):
         raise OSError("Name or service\nnot known") if download else RuntimeError("Dataset not found")
-    monkeypatch.setattr(common.torchvision.datasets, "CIFAR10", offline)
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", offline)
     argv = [*TINY, "--data", "cifar10", "--data-root", "here", "--out", str(tmp_path / "run")]
     line = wrong(monkeypatch, capsys, argv)
     assert "--data cifar10" in line and "--data-root here" in line and "service not known" in line

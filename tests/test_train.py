@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torchvision
 from torchvision.transforms.functional import to_pil_image
 
 import common
@@ -434,7 +435,7 @@ def test_named_sets(tmp_path, monkeypatch):
                 raise IndexError
             return to_pil_image(noise_image(i, chans=3, height=32, width=32)), i % 3
     for name, kind in (("cifar10", "CIFAR10"), ("imagenette", "Imagenette")):  # in memory; from files
-        monkeypatch.setattr(common.torchvision.datasets, kind, Small)
+        monkeypatch.setattr(torchvision.datasets, kind, Small)
         trained(tiny(tmp_path / name, data=name, batch_size=12))
         assert all("knn_class" in r for r in records(tmp_path / name) if "rank" in r)
 
