@@ -36,7 +36,7 @@ from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 import common
 import evaluate
 from common import BadInput, main, parse_args, read_checkpoint
-from conftest import (FIXTURES, METHODS, MODULES, ROOT, TWENTY, environment, launch, losses, noise_image, records, tiny,
+from conftest import (FIXTURES, METHODS, MODULES, ROOT, TOY, TWENTY, environment, launch, losses, noise_image, records, tiny,
                       tiny_flags, trained, write_images)
 
 each_method = pytest.mark.parametrize("method", METHODS)
@@ -51,7 +51,7 @@ linux = pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason=
 def serve():
     """Runs in a process of its own, which imports everything once. Each line that it is sent names a function of this file,
     which runs in a fork of it: a whole program, to be killed at will, without the seconds that importing torch takes."""
-    common.MODELS["toy"] = (32, 2, 2)
+    common.MODELS["toy"] = TOY
     common.SHARED["model"] = (*common.SHARED["model"][:2], tuple(common.MODELS))
     for line in sys.stdin:
         order = json.loads(line)
@@ -289,46 +289,37 @@ def test_help_says_the_exit_statuses(capsys, name):
 
 # -- 2. one of several processes dies -------------------------------------------------------------------
 
-def dying(argv):
-    """Process 1 of 2 is killed in its fifth step, once."""
-    def die(images, number):
+DYING = """
+import os, signal, sys
+sys.path.insert(0, sys.argv.pop(1))
+import common, mae
+real = mae.train_batches
+
+def stream(*args):
+    for number, images in enumerate(real(*args), 1):
         if number == 5 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
             os.kill(os.getpid(), signal.SIGKILL)
-        return images
-    each_batch("mae", die)
-    try:
-        program("mae", argv)
-    except SystemExit as leaving:
-        assert not leaving.code
+        yield images
+mae.train_batches = stream
+common.MODELS["toy"] = (32, 2, 2)
+common.SHARED["model"] = ("model", "", ("toy",))
+common.main(mae.train, mae.Config, "")
+"""
 
 
-def torchruns_agent(argv):
-    """What torchrun is, but that it forks its workers."""
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-    elastic_launch(LaunchConfig(1, 1, 2, run_id="faults", rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=3,
-                                start_method="fork"), dying)(argv)
-
-
-def torchrun(argv):
-    """The real one, in a process that starts from nothing."""
-    toy = "t.common.MODELS['toy'] = (32, 2, 2); t.common.SHARED['model'] = (*t.common.SHARED['model'][:2], ('toy',))"
-    script = Path(argv[argv.index("--out") + 1]).with_name("dying.py")
-    script.write_text(f"import sys\nsys.path[:0] = {PATHS}\nimport test_faults as t\n{toy}\nt.dying(sys.argv[1:])\n")
-    command = launch(argv, nproc=2, program=str(script))
+def test_torchrun_restarts_from_the_last_save(programs, tmp_path):
+    """Process 1 of 2 is killed in its fifth step, once; saves are made at steps 2 and 4."""
+    (tmp_path / "dying.py").write_text(DYING)
+    flags = lambda name: toy_flags("mae", tmp_path / name, "--epochs", 4, "--eval-every", 0)
+    command = launch([ROOT, *flags("run")], nproc=2, program=str(tmp_path / "dying.py"))
     command.insert(command.index("--standalone"), "--max-restarts=3")
-    sys.exit(subprocess.run(command, env=environment()).returncode)
-
-
-@pytest.mark.parametrize("agent", ["torchruns_agent", pytest.param("torchrun", marks=pytest.mark.long)])
-def test_torchrun_restarts_from_the_last_save(programs, tmp_path, agent):
-    flags = ["--epochs", 4, "--eval-every", 0]
-    status, out, err = programs.run(agent, argv=toy_flags("mae", tmp_path / "run", *flags))
-    assert status == 0, err
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
     # Process 0 may still have been at its save of step 4, which counts as whole or not at all.
-    assert re.search(r"resume: \S+, step [24]$", out, re.M) and out.count("resume: ") == 1, out
+    assert re.search(r"resume: \S+, step [24]$", done.stdout, re.M) and done.stdout.count("resume: ") == 1, done.stdout
     assert [r["step"] for r in records(tmp_path / "run") if "loss" in r] == list(range(1, 11))
     assert saved_step(tmp_path / "run") == 10
-    assert programs.run_together("program", method="mae", argv=toy_flags("mae", tmp_path / "whole", *flags)) == [0, 0]
+    assert programs.run_together("program", method="mae", argv=flags("whole")) == [0, 0]
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
 
 
@@ -663,20 +654,27 @@ def test_any_bit_may_flip(unbroken, tmp_path):
 
 
 def released(method):
-    """The authors' names where the fixtures are, else our own: of another method either way."""
+    """A state dict under the authors' names where the fixtures are, else under our own; and the sizes that no file tells."""
     path = FIXTURES / f"{'semantic_mim_hog' if method == 'semantic_mim' else method}.pt"
     if path.exists():
-        return torch.load(path, weights_only=True)["state_dict"]
-    return MODULES[method].build(common.start(tiny("nowhere", method))[0]).state_dict()
+        fixture = torch.load(path, weights_only=True)
+        sizes = ("heads", "decoder_heads", "img_size", "num_visible")
+        return fixture["state_dict"], {k: v for k, v in fixture["config"].items() if k in sizes}
+    sizes = {"heads": 2} | ({"decoder_heads": 2} if "decoder-heads" in METHODS[method] else {})
+    return MODULES[method].build(common.start(tiny("nowhere", method))[0]).state_dict(), sizes
 
 
 @pytest.mark.parametrize("claimed", METHODS)
 @each_method
 def test_a_released_file_under_a_wrong_name(tmp_path, monkeypatch, capsys, method, claimed):
-    state = released(method)
-    cases = {"other": state} if claimed != method else {
-        "DDP": {f"module.{k}": v for k, v in state.items()}, "compiled": {f"_orig_mod.{k}": v for k, v in state.items()},
-        "half": dict([*state.items()][::2]), "empty": {}, "one too many": state | {"extra": torch.zeros(3)}}
+    state, sizes = released(method)
+    cases = {"other": state}
+    if claimed == method:
+        kind = getattr(MODULES[method], evaluate.METHODS[method][0])
+        real = kind.from_released.__func__
+        monkeypatch.setattr(kind, "from_released", classmethod(lambda cls, state: real(cls, state, **sizes)))
+        cases = {"DDP": {f"module.{k}": v for k, v in state.items()}, "half": dict([*state.items()][::2]), "empty": {},
+                 "compiled": {f"_orig_mod.{k}": v for k, v in state.items()}, "one too many": state | {"extra": torch.zeros(3)}}
     for what, damaged in cases.items():
         torch.save({"model": damaged}, tmp_path / "released.pth")
         argv = [tmp_path / "released.pth", "--method", claimed, "--probe", "knn", "--data", "shapes:32"]
@@ -715,7 +713,7 @@ BROKEN = {  # file name: bytes
     "more absurd.npy": npy((10**9, 10**9, 3), bytes(1000)), "truncated.npy": npy((40, 40, 3), bytes(100)),
     "no pixels.npy": npy((0, 40, 3)), "seven axes.npy": npy((1,) * 7, b"0"), "floats.npy": npy((2, 2, 3), bytes(48), "<f4"),
     "zip.npy": zipped(a=npy((2, 2, 3), bytes(12))), "torn zip.npy": b"PK\x03\x04 and so on", "noise.npy": b"\x93NUMPY\x01\x00\xff\xff",
-    "pickle.npy": b"\x80\x04\x95", "noise.tif": b"II*\x00\x08\x00\x00\x00\x03\x00" + b"\x00\x01\x03\x00\xff\xff\xff\xff" * 9,
+    "pickle.npy": b"\x80\x04\x95", "noise.tif": b"II*\x00\x08\x00\x00\x00\x03\x00\xff",
     "truncated.webp": encoded(PHOTO, "WEBP")[:100], "truncated.tif": encoded(PHOTO, "TIFF")[:900],
     "checksum.png": flipped(encoded(PHOTO, "PNG"), 60), "truncated.gif": encoded(PHOTO.convert("P"), "GIF")[:50],
 }
@@ -752,14 +750,16 @@ def test_five_broken_of_a_thousand(tmp_path, capsys, no_tests):
     assert len(losses(tmp_path / "run")) == 8 and all(map(math.isfinite, losses(tmp_path / "run")))
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
 def test_twenty_broken_of_a_thousand(tmp_path, monkeypatch, capsys, no_tests):
     folder = thousand(tmp_path / "set", *[*BROKEN][:20])
     argv = [*tiny_flags("mae"), "--img-size", "16", "--batch-size", "250", "--data", folder, "--out", tmp_path / "run"]
     status, lines = invoke(monkeypatch, capsys, "mae", argv)
-    assert status == 2 and len(lines) == 1 and re.search(r"--data: 1\d of 1000 images cannot be read, more than 1 %", lines[0])
+    assert status == 2 and len(lines) == 1 and re.search(r"--data: [12]\d of 1000 images cannot be read, more than 1 %", lines[0])
     assert not (tmp_path / "run" / "last.pt").exists()
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_broken_image_is_replaced(tmp_path, name):
     (tmp_path / name).write_bytes(BROKEN[name])
@@ -864,7 +864,6 @@ def test_links_that_go_in_circles(tmp_path):
     assert {found[i].name for i in broken} <= {"self.png", "dangling.png"}
 
 
-@linux
 @pytest.mark.parametrize("name", [b"a photo.png", "море 海 🙂.png".encode(), b"caf\xe9.png", b"two\nlines.png", b"-x.png", b"%s{}.png"])
 def test_names_of_files(tmp_path, capsys, no_tests, name):
     """Read where they are whole, named where they are not: also one that is no UTF-8, as old archives hold."""
@@ -896,11 +895,12 @@ def test_constant_images_in_bf16(tmp_path, monkeypatch, method):
     assert all(math.isfinite(v) for record in records(tmp_path)[1:] for v in record.values())
 
 
-@pytest.mark.parametrize("data", ["shapes:4", "shapes:1"])
 @each_method
-def test_a_batch_of_one(tmp_path, method, data):
-    trained(tiny(tmp_path, method, data=data, batch_size=1, epochs=2), method)
-    assert len(losses(tmp_path)) == 2 * int(data[7:]) and all(map(math.isfinite, losses(tmp_path)))
+def test_a_batch_of_one(tmp_path, method):
+    """No method needs more; Latent MIM and CAPI compare the patches of the one image with each other."""
+    trained(tiny(tmp_path, method, data="shapes:4", batch_size=1, epochs=2), method)
+    assert len(losses(tmp_path)) == 8
+    assert all(math.isfinite(v) for record in records(tmp_path)[1:] for v in record.values())
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="fp16 with its scaler needs CUDA")
@@ -935,6 +935,8 @@ def files(tmp_path_factory):
         cfg = common.start(tiny("run", method, model="nano"))[0]
         torch.save({"method": method, "config": dataclasses.asdict(cfg), "step": 1, "model": MODULES[method].build(cfg).state_dict(),
                     "optimizer": {}, "scaler": {}, "rng": torch.get_rng_state()}, root / f"{method}.pt")
+    (root / "blocked" / "last.eval.json").mkdir(parents=True)
+    shutil.copy(root / "mae.pt", root / "blocked" / "last.pt")
     return root
 
 
@@ -989,7 +991,7 @@ WRONG = [  # program, flags, what the one line has to say; in test_programs.py a
     ("pilamim", "--ema 0.9 nan", "--ema nan"),
     ("pilamim", "--cls-weight inf", "--cls-weight"),
     ("pilamim", "--decoder-depth 0", "--decoder-depth 0"),
-    ("pilamim", "--decoder-dim 18", "18"),
+    ("pilamim", "--decoder-dim 15", "heads=2.*15"),
     ("pilamim", "--data FILES/empty", "--data.*no image"),
     ("pilamim", "--clusters 16", "--clusters"),  # CAPI's
     ("capi", "--registers -4", "--registers -4"),
@@ -1022,6 +1024,7 @@ WRONG = [  # program, flags, what the one line has to say; in test_programs.py a
     ("evaluate", "FILES/mae.pt --picture --images FILES/text.txt", "--images.*text.txt"),
     ("evaluate", "FILES/mae.pt --export FILES/nowhere/encoder.pt", "--export.*nowhere"),
     ("evaluate", "FILES/mae.pt --export FILES", "--export"),
+    ("evaluate", "FILES/blocked/last.pt --data shapes:32 --probe knn", "last.eval.json"),
     ("evaluate", "FILES/mae.pt --amp fp16 --device cpu", "--amp fp16"),
 ]
 
@@ -1110,15 +1113,14 @@ def test_memory_stays_flat(programs, tmp_path, method, more):
     assert max(opened) <= opened[0] + 1, opened
 
 
-def share_of_workers(count, path, length):
-    """A set of so many names is read by 8 workers: MiB that each holds alone, and what the set takes."""
+def share_of_workers(workers, count, path, length=400):
+    """A set of so many names is read by worker processes: MiB that each holds alone, and what the set takes."""
     name = os.path.dirname(path) + "/." * ((length - len(path)) // 2) + "/" + os.path.basename(path)
     data = common.Folder([name], [-1], 3)
     data.paths, data.labels = np.repeat(data.paths, count), torch.full((count,), -1)
     items = iter([(i, (0, 0, i)) for i in range(first, count, max(1, count // 50))] for first in range(64))
-    cfg = tiny("run", workers=8)
     run = common.Run(torch.device("cpu"), None, False)
-    batches = common.read_batches(common.Crops(data, (8, 8), (0.2, 1.0)), items, cfg, run)
+    batches = common.read_batches(common.Crops(data, (8, 8), (0.2, 1.0)), items, tiny("run", workers=workers), run)
     for _ in range(40):
         next(batches)
     alone = [int(re.search(r"Private_Dirty:\s+(\d+)", Path(f"/proc/{child.pid}/smaps_rollup").read_text())[1]) / 1024
@@ -1127,12 +1129,13 @@ def share_of_workers(count, path, length):
 
 
 @linux
-def test_workers_share_the_set(programs, tmp_path):
-    """200 MiB of names: who touches a list of them copies it, page by page."""
+@pytest.mark.parametrize("workers, count", [(2, 200_000), pytest.param(8, 1_000_000, marks=pytest.mark.long)])
+def test_workers_share_the_set(programs, tmp_path, workers, count):
+    """400 bytes of name for each image: who touches a list of them copies it, page by page."""
     path = str(write_images(tmp_path, 1) / "000.png")
-    few, many = (json.loads(programs.run("share_of_workers", count=count, path=path, length=400)[1])
-                 for count in (500, 500_000))
-    assert few["workers"] == many["workers"] == 8 and many["set"] > 150 and few["set"] < 1
+    few, many = (json.loads(programs.run("share_of_workers", workers=workers, count=count, path=path)[1])
+                 for count in (500, count))
+    assert few["workers"] == many["workers"] == workers and many["set"] > count * 390 / 2**20 and few["set"] < 1
     assert many["alone"] - few["alone"] < 0.05 * many["set"], (few, many)
 
 
