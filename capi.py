@@ -62,7 +62,7 @@ from tqdm import tqdm
 
 from common import (MODELS, BadInput, Log, Mlp, PatchEmbed, attend, check_health,
                     count_blocks, denormalise, draw, eval_batches, find_resume, flag, gather,
-                    load_data, load_strictly, main, patch_grid, patchify, pca_colours, raw_pixels,
+                    load_data, load_run, load_strictly, main, patch_grid, patchify, pca_colours, raw_pixels,
                     save_picture, seed_of, split_ids, spread, start, train_batches, update_ema,
                     usual_heads, warn_of_trouble)
 
@@ -482,12 +482,7 @@ def train(cfg):
 
     first, state = 0, find_resume(cfg, "capi", run)
     if state:
-        first = state["step"]
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        cluster_optimizer.load_state_dict(state["cluster_optimizer"])
-        scaler.load_state_dict(state["scaler"])
-        torch.set_rng_state(state["rng"])
+        first = load_run(state, model=model, optimizer=optimizer, cluster_optimizer=cluster_optimizer, scaler=scaler)
         if first >= total:
             run.say(f"nothing to do: {first} of {total} steps are done; more --epochs goes on, --resume no starts over")
             return 0

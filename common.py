@@ -11,7 +11,8 @@ Shape letters, the same in every file: B images, C channels, N patches of an ima
 P = patch * patch * C numbers of a patch, D encoder width, E decoder width, T tokens of any kind.
 """
 
-import argparse, dataclasses, difflib, functools, importlib.metadata, itertools, json, math, os, platform, shutil, signal, subprocess, sys, time, typing
+import argparse, contextlib, dataclasses, difflib, functools, importlib.metadata, itertools, json, math, os, platform, shutil
+import signal, subprocess, sys, time, typing, zipfile
 from pathlib import Path
 
 import numpy as np
@@ -400,7 +401,7 @@ NAMED = {  # name: (torchvision's class, options of the training set, of the tes
     "oxford_pets": ("OxfordIIITPet", {"split": "trainval"}, {"split": "test"}, False),
 }
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".npy")
-READ_ERRORS = (OSError, RuntimeError, ValueError, SyntaxError, Image.DecompressionBombError)  # what decoders raise on a file that is no image
+READ_ERRORS = (Exception,)  # on a file that is no image decoders raise anything: EOFError, MemoryError, BadZipFile, struct.error
 
 
 def load_data(cfg, run):
@@ -526,8 +527,8 @@ def read_image(path, chans):
     """One image file as uint8 [chans, H, W]; more than four channels come as .npy, uint8 [H, W, C]."""
     if path.lower().endswith(".npy"):
         array = np.load(path, allow_pickle=False)
-        if array.dtype != np.uint8 or array.ndim not in (2, 3):
-            raise ValueError(f"a .npy image is uint8 [H, W, C], this one is {array.dtype} {list(array.shape)}")
+        if not isinstance(array, np.ndarray) or array.dtype != np.uint8 or array.ndim not in (2, 3) or not array.size:
+            raise ValueError(f"a .npy image is uint8 [H, W, C], this one is {getattr(array, 'dtype', 'a zip')} {list(getattr(array, 'shape', []))}")
         image = torch.from_numpy(array)
         return match_channels(image[None] if image.ndim == 2 else image.permute(2, 0, 1).contiguous(), chans)
     with Image.open(path) as image:  # of an animation the first picture
@@ -815,7 +816,7 @@ def main(train, Config, doc):
             dist.barrier()  # whoever leaves first would have torchrun end the others, in the middle of a word
     except BadInput as error:
         if os.environ.get("RANK", "0") == "0" or isinstance(error, BadHere):
-            print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+            tqdm.write(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)  # on a line of its own, below the bar
         status = 2
     finally:
         if dist.is_initialized():
@@ -897,24 +898,29 @@ class Run:
     def report_broken(self, data, indices):
         for i in indices:
             if i not in self.broken:
-                self.broken[i] = data.name(i)
-                tqdm.write(f"warning: cannot read {data.name(i)}; the next readable image takes its place")
+                self.broken[i] = os.fsencode(data.name(i)).decode(errors="backslashreplace")  # a name may be no UTF-8
+                tqdm.write(f"warning: cannot read {self.broken[i]}; the next readable image takes its place")
         if len(self.broken) > max(1, len(data) // 100) or len(self.broken) == len(data):
             raise BadHere(f"--data: {len(self.broken)} of {len(data)} images cannot be read, more than 1 %: "
                            + ", ".join(list(self.broken.values())[:3]))
 
 
-def start(cfg):
-    """Checks the flags, joins the processes, chooses device and precision. Returns the Config with its open values
-    (patch size, mean, std) filled in, and the Run."""
+def check_ranges(cfg):
+    """Every number lies where its field, or LEAST, says that it may."""
     own = {f.name: (f.metadata["least"], f.metadata["most"]) for f in dataclasses.fields(cfg) if f.metadata}
-    for name, (least, most) in (own | {name: (least, math.inf) for name, least in LEAST.items()}).items():
+    for name, (least, most) in ({name: (least, math.inf) for name, least in LEAST.items() if hasattr(cfg, name)} | own).items():
         value, name = getattr(cfg, name), name.replace("_", "-")
-        if isinstance(value, tuple) and len(value) != 2:
+        if least is not None and isinstance(value, tuple) and len(value) != 2:
             raise BadInput(f"--{name} takes two numbers, not {' '.join(map(str, value))}")
         for v in value if isinstance(value, tuple) else (value,):
             if least is not None and not (least <= v <= most and v < (2**63 if isinstance(v, int) else math.inf)):  # nor nan
                 raise BadInput(f"--{name} {v} is not a number from {least} " + ("up" if most == math.inf else f"to {most}"))
+
+
+def start(cfg):
+    """Checks the flags, joins the processes, chooses device and precision. Returns the Config with its open values
+    (patch size, mean, std) filled in, and the Run."""
+    check_ranges(cfg)
     if not (len(cfg.crop_scale) == 2 and 0 < cfg.crop_scale[0] <= cfg.crop_scale[1] <= 1):
         raise BadInput(f"--crop-scale takes two shares, 0 < least <= most <= 1, not {' '.join(map(str, cfg.crop_scale))}")
     if not (len(cfg.betas) == 2 and all(0 <= b < 1 for b in cfg.betas)):
@@ -924,7 +930,7 @@ def start(cfg):
     filled = {"patch_size": cfg.patch_size or usual_patch(cfg.img_size)}
     for name, colour, other in (("mean", IMAGENET_MEAN, 0.5), ("std", IMAGENET_STD, 0.25)):
         given = getattr(cfg, name) or (colour if cfg.in_chans == 3 else (other,))
-        if len(given) not in (1, cfg.in_chans) or name == "std" and min(given) <= 0:
+        if len(given) not in (1, cfg.in_chans) or not all(map(math.isfinite, given)) or name == "std" and min(given) <= 0:
             raise BadInput(f"--{name} takes 1 or {cfg.in_chans} numbers{' above 0' * (name == 'std')}, "
                            f"not {' '.join(map(str, given))}")
         filled[name] = tuple(given) * (cfg.in_chans // len(given))
@@ -1041,12 +1047,16 @@ def update_ema(teacher, student, momentum):
 def read_checkpoint(path):
     """A plain dict of tensors and numbers from a file; nothing in it is executed."""
     try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if archive.testzip():  # torch takes no notice of the checksums that it writes
+                    raise ValueError("a bit has changed")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise BadInput(f"{path}: no such file") from error
     except Exception as error:  # torch.load raises half a dozen kinds, all of them meaning this
-        why = "it needs unpickling of code, which is refused" if "weights_only" in str(error).lower() or \
-            "Unsupported" in str(error) else "truncated, or not a PyTorch checkpoint"
+        why = "it needs unpickling of code, which is refused" if "safe_globals" in str(error) or "reduce" in str(error) else \
+            "truncated, damaged, or not a PyTorch checkpoint"
         raise BadInput(f"{path}: cannot be read: {why}") from error
     if not isinstance(state, dict):
         raise BadInput(f"{path}: holds a {type(state).__name__}, not a dict of weights")
@@ -1071,28 +1081,49 @@ def find_resume(cfg, method, run):
     if state.get("method") != method:
         raise BadInput(f"{path}: " + (f"a checkpoint of {state['method']}, not of {method}" if "method" in state else
                        "not a checkpoint of this repository's training runs"))
+    if not (isinstance(state.get("config"), dict) and isinstance(state.get("step"), int)):
+        raise BadInput(f"{path}: not a checkpoint of this repository's training runs: no step, or no config")
     changeable = CHANGEABLE | {field.name for field in dataclasses.fields(cfg) if field.metadata.get("changeable")}
     differ = [f"--{k.replace('_', '-')} {state['config'].get(k)} there, {v} now" for k, v in
               dataclasses.asdict(cfg).items() if k not in changeable and state["config"].get(k) != v]
     if differ:
         raise BadInput(f"{path}: made with another Config ({'; '.join(differ)}); take another --out, or --resume no")
     run.say(f"resume: {path}, step {state['step']}")
-    return state
+    if path != paths[0]:  # else the next save would put the damaged one in the place of the good one
+        run.barrier()
+        if run.main:
+            os.replace(path, paths[0])
+    return state | {"path": path}
+
+
+def load_run(state, **parts):
+    """Every part of a run gets its state back, and the generator too -> the step that was done."""
+    try:
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        name = "rng"
+        torch.set_rng_state(state[name])
+    except Exception as error:  # names, sizes, kinds: torch has an error of its own for each
+        raise BadInput(f"{state['path']}: its {name} does not fit ({' '.join(str(error).split())[:300]})") from error
+    return state["step"]
 
 
 def save_checkpoint(path, state):
     """Written beside, flushed, renamed: what is at `path` is always whole, the old or the new; the one before is kept."""
-    part = path.with_name(path.name + ".part")
+    part, previous = path.with_name(path.name + ".part"), path.with_name("previous.pt")
     try:
         with open(part, "wb") as file:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
         if path.exists():
-            os.replace(path, path.with_name("previous.pt"))
+            os.replace(path, previous)
         os.replace(part, path)
     except (OSError, RuntimeError) as error:  # a full disk: torch's writer raises RuntimeError
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+            if not path.exists():
+                os.replace(previous, path)
         kept = f"; the last good checkpoint, {path}, is untouched" if path.exists() else ""
         raise BadInput(f"--out {path.parent}: cannot save ({' '.join(str(error).split())[:120]}){kept}") from error
 
@@ -1110,6 +1141,9 @@ class Log:
                   run.world, "device": device_name(run.device), "amp": str(run.amp), "compile": run.compile}
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            for name in ("last.pt", "last.pt.part", "previous.pt"):  # found now, not when the first epoch is over
+                if self.path.with_name(name).is_dir():
+                    raise BadInput(f"--out {cfg.out}: {name} in it is a folder")
             if step and self.path.exists():
                 whole = [line for line in self.path.read_text().splitlines() if line.endswith("}")]  # the last may be torn
                 self.records = [r for r in map(json.loads, whole) if "step" not in r or r["step"] <= step]
@@ -1117,15 +1151,21 @@ class Log:
             part = self.path.with_name("log.jsonl.part")
             part.write_text("".join(json.dumps(r) + "\n" for r in self.records))
             part.replace(self.path)
+            self.records = [r for r in self.records if "rank" in r]  # what `summary` wants
             self.file = open(self.path, "a", buffering=1)
         except OSError as error:
             raise BadInput(f"--out {cfg.out}: cannot be written ({error.strerror})") from error
+        except (UnicodeError, json.JSONDecodeError) as error:
+            raise BadInput(f"{self.path}: no log of a run ({error})") from error
 
     def write(self, **record):
         if self.main:
-            self.records.append(record)
-            self.file.write(json.dumps({k: float(f"{v:.6g}") if isinstance(v, float) else v
-                                        for k, v in record.items()}) + "\n")
+            self.records += [record] * ("rank" in record)
+            try:
+                self.file.write(json.dumps({k: float(f"{v:.6g}") if isinstance(v, float) else v
+                                            for k, v in record.items()}) + "\n")
+            except OSError as error:
+                raise BadInput(f"{self.path}: cannot be written ({error.strerror})") from error
 
     def summary(self, cfg):
         """k-NN before and after training and of raw pixels, as far as the log has them."""
@@ -1220,7 +1260,7 @@ def check_health(encode, cfg, run, train_set, val_set):
     standardised first, as MAE's and PiLaMIM's linear probes do it: else the few loudest channels decide alone."""
     features, labels = features_of(encode, cfg, run, train_set, GALLERY)
     galleries = features.unbind(1)
-    scores = {"rank": effective_rank(galleries[0][:QUERIES]), "feature_std": galleries[0].std(0).mean().item()}
+    scores = {"rank": effective_rank(galleries[0][:QUERIES]), "feature_std": galleries[0].std(0, correction=0).mean().item()}
     if val_set is not None and labels:
         queries, truth = features_of(encode, cfg, run, val_set, QUERIES)
         for prefix, known, asked in zip(("knn_", "mean_knn_"), galleries, queries.unbind(1)):
@@ -1280,4 +1320,7 @@ def save_picture(path, columns, least=96):
     nrow = min(len(tiles), 2 * len(columns))
     tiles = torch.cat([tiles, torch.ones_like(tiles[:1]).expand(-len(tiles) % nrow, -1, -1, -1)])
     sheet = tiles.unflatten(0, (-1, nrow)).permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)  # [rows * h, nrow * w, 3]
-    Image.fromarray((F.pad(sheet, (0, 0, 0, 4, 0, 4), value=1.0) * 255).round().byte().numpy()).save(path)
+    try:
+        Image.fromarray((F.pad(sheet, (0, 0, 0, 4, 0, 4), value=1.0) * 255).round().byte().numpy()).save(path)
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be written ({error.strerror or error})") from error

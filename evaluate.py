@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from common import (READ_ERRORS, BadInput, DropPath, Order, Pixels, centre_box, denormalise, draw, eval_batches, features_of,
+from common import (READ_ERRORS, BadInput, DropPath, Order, Pixels, centre_box, check_ranges, denormalise, draw, eval_batches, features_of,
                     find_images, flag, knn_predict, load_data, main, match_channels, normalise, pair, patch_grid,
                     patchify, pca_colours, pixels_of, random_mask, raw_pixels, read_checkpoint, read_image, resize, save_picture, start,
                     train_batches, warmup_cosine)
@@ -83,7 +83,7 @@ class Config:
 def load_model(path, method=""):
     """-> method, its module's Config as it was trained (or the default), model, and one of the same kind untrained."""
     state = read_checkpoint(path)
-    ours = "method" in state and "config" in state
+    ours = "method" in state and all(isinstance(state.get(name), dict) for name in ("config", "model"))
     if ours and method and method != state["method"]:
         raise BadInput(f"{path}: a checkpoint of {state['method']}, not of {method}")
     method = state["method"] if ours else method
@@ -92,13 +92,13 @@ def load_model(path, method=""):
                        f"({' '.join(METHODS)})")
     module = importlib.import_module(method)
     if ours:
-        config = module.Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in state["config"].items()})
-        vocab = {"vocab": len(state["model"]["head.weight"])} if getattr(config, "target", "") == "dvae" else {}
-        torch.manual_seed(config.seed)
-        model, untrained = module.build(config, **vocab), module.build(config, **vocab)
         try:
+            config = module.Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in state["config"].items()})
+            vocab = {"vocab": len(state["model"]["head.weight"])} if getattr(config, "target", "") == "dvae" else {}
+            torch.manual_seed(config.seed)
+            model, untrained = module.build(config, **vocab), module.build(config, **vocab)
             model.load_state_dict(state["model"])
-        except RuntimeError as error:
+        except (RuntimeError, TypeError, KeyError) as error:
             raise BadInput(f"{path}: weights and config do not fit ({' '.join(str(error).split())[:200]})") from error
     else:
         torch.manual_seed(0)
@@ -206,9 +206,10 @@ class Heads(nn.Module):
         self.query = nn.Parameter(0.02 * torch.randn(count, self.split, dim)) if queries else None
 
     def forward(self, x):  # [n, F], or tokens [n, N, F] -> [G, n, classes]
-        if self.query is not None:
-            look = torch.einsum("ntf,gkf->gnkt", x, self.query) / x.shape[-1] ** 0.5
-            x = torch.einsum("gnkt,ntkd->gnkd", look.softmax(-1), x.unflatten(-1, (self.split, -1))).flatten(2)  # [G, n, F]
+        if self.query is None:  # all heads in one product
+            return (x @ self.weight.transpose(0, 1).flatten(1)).unflatten(1, (len(self.weight), -1)).transpose(0, 1) + self.bias
+        look = torch.einsum("ntf,gkf->gnkt", x, self.query) / x.shape[-1] ** 0.5
+        x = torch.einsum("gnkt,ntkd->gnkd", look.softmax(-1), x.unflatten(-1, (self.split, -1))).flatten(2)  # [G, n, F]
         return x @ self.weight + self.bias
 
 
@@ -504,6 +505,7 @@ def run_probe(probe, encode, model, method, mcfg, run, sets, cfg):
 
 
 def evaluate(cfg):
+    check_ranges(cfg)
     unknown = [p for p in cfg.probe if p not in PROBES]
     if unknown:
         raise BadInput(f"--probe {unknown[0]}: not one of {' '.join(PROBES)}")
@@ -512,7 +514,10 @@ def evaluate(cfg):
     method, trained, model, untrained = load_model(cfg.checkpoint, cfg.method)
     if cfg.export:
         state, left = export_encoder(model, method)
-        torch.save(state, cfg.export)
+        try:
+            torch.save(state, cfg.export)
+        except (OSError, RuntimeError) as error:
+            raise BadInput(f"--export {cfg.export}: cannot be written ({' '.join(str(error).split())[:200]})") from error
         print(f"{cfg.export}: {len(state)} tensors, {sum(t.numel() for t in state.values()) / 1e6:.2f} M numbers; left out:")
         for part in sorted({name.split(".")[0] for name in left}):
             print(f"  {part}: {sum(name.split('.')[0] == part for name in left)} tensors")
@@ -557,7 +562,10 @@ def evaluate(cfg):
                     "img_size": pair(mcfg.img_size), "crop": f"centre, {sets[1].margin} of the shorter side", "seed": cfg.seed,
                     "knn": "cosine, k 1 and 20, votes exp(cosine / 0.07)", "grid": f"rates {RATES}, decays {DECAYS}", "amp": str(run.amp), "torch": torch.__version__}
         path = folder / f"{Path(cfg.checkpoint).stem}.eval.json"
-        path.write_text(json.dumps({"protocol": protocol, "scores": table, "chosen": choices}, indent=1))
+        try:
+            path.write_text(json.dumps({"protocol": protocol, "scores": table, "chosen": choices}, indent=1))
+        except OSError as error:
+            raise BadInput(f"{path}: cannot be written ({error.strerror})") from error
         for key, value in protocol.items():
             print(f"  {key}: {value}")
         print(f"written: {' '.join([path.name, *names])}")

@@ -46,7 +46,7 @@ from tqdm import tqdm
 
 from common import (MODELS, Attention, BadInput, Block, LayerNorm, Log, Mlp, PatchEmbed, attend,
                     check_health, cosine, count_blocks, denormalise, draw, eval_batches,
-                    find_resume, flag, gather, load_data, load_strictly, main, of_all_processes, param_groups,
+                    find_resume, flag, gather, load_data, load_run, load_strictly, main, of_all_processes, param_groups,
                     patch_grid, patchify, pca_colours, random_mask, raw_pixels, resize_positions,
                     save_picture, sincos_2d, split_ids, spread, start, train_batches, update_ema,
                     usual_heads, warmup_cosine, warn_of_trouble, xavier_init)
@@ -350,11 +350,7 @@ def train(cfg):
 
     first, state = 0, find_resume(cfg, "latent_mim", run)
     if state:
-        first = state["step"]
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
-        torch.set_rng_state(state["rng"])
+        first = load_run(state, model=model, optimizer=optimizer, scaler=scaler)
         if first >= total:
             run.say(f"nothing to do: {first} of {total} steps are done; more --epochs goes on, --resume no starts over")
             return 0

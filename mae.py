@@ -37,7 +37,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from common import (MODELS, BadInput, Block, LayerNorm, Log, PatchEmbed, check_health, count_blocks, denormalise, draw,
-                    eval_batches, find_resume, flag, gather, load_data, load_strictly, main, param_groups, patch_grid,
+                    eval_batches, find_resume, flag, gather, load_data, load_run, load_strictly, main, param_groups, patch_grid,
                     patchify, random_mask, raw_pixels, resize_positions, restore, save_picture, sincos_2d, split_ids,
                     start, train_batches, unpatchify, usual_heads, warmup_cosine, warn_of_trouble, xavier_init)
 
@@ -246,11 +246,7 @@ def train(cfg):
 
     first, state = 0, find_resume(cfg, "mae", run)
     if state:
-        first = state["step"]
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
-        torch.set_rng_state(state["rng"])
+        first = load_run(state, model=model, optimizer=optimizer, scaler=scaler)
         if first >= total:
             run.say(f"nothing to do: {first} of {total} steps are done; more --epochs goes on, --resume no starts over")
             return 0

@@ -50,7 +50,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from common import (MODELS, BadInput, Block, LayerNorm, Log, PatchEmbed, check_health, count_blocks,
-                    denormalise, draw, eval_batches, find_resume, flag, gather, load_data,
+                    denormalise, draw, eval_batches, find_resume, flag, gather, load_data, load_run,
                     load_strictly, main, normalise, param_groups, patch_grid, patchify, pca_colours, per_channel,
                     random_mask, raw_pixels, read_checkpoint, resize_positions, save_picture,
                     seed_of, split_ids, spread, start, train_batches, usual_heads, warmup_cosine,
@@ -418,11 +418,7 @@ def train(cfg):
 
     first, state = 0, find_resume(cfg, "semantic_mim", run)
     if state:
-        first = state["step"]
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
-        torch.set_rng_state(state["rng"])
+        first = load_run(state, model=model, optimizer=optimizer, scaler=scaler)
         if first >= total:
             run.say(f"nothing to do: {first} of {total} steps are done; more --epochs goes on, --resume no starts over")
             return 0

@@ -218,16 +218,16 @@ def test_killed_again_and_again(programs, tmp_path, method, kills):
     argv = lambda name: toy_flags(method, tmp_path / name, "--epochs", 2 * kills)  # 5 steps a kill: too many to finish before
     assert programs.run("mortal", method=method, argv=argv("whole"), count=str(tmp_path / "count"))[0] == 0
     most = json.loads((tmp_path / "count").read_text())
-    most["run"] *= 2
+    most["run"] *= 3
     moments, saved, steps = random.Random(method), 0, set()
     for kill in range(kills):
         kind = ("run", "system", "run", "save")[kill % 4]
-        moment = {kind: moments.randrange(most[kind] // 2 if kind == "run" else 1, most[kind] + 1)}
+        moment = {kind: moments.randrange(most[kind] // 3 if kind == "run" else 1, most[kind] + 1)}
         assert programs.run("mortal", method=method, argv=argv("killed"), **moment)[0] == -signal.SIGKILL, moment
         assert saved_step(tmp_path / "killed") >= saved  # nothing that was saved is lost again
         saved = saved_step(tmp_path / "killed")
         steps.add(saved)
-    assert len(steps) > kills // 3 and 0 < saved < 5 * kills  # they fell on different stretches of the run
+    assert len(steps) >= max(2, kills // 4) and saved < 5 * kills  # they fell on different stretches of the run
     status, out, _ = programs.run("program", method=method, argv=argv("killed"))
     assert status == 0 and f"step {saved}" in out
     assert [r["step"] for r in records(tmp_path / "killed") if "loss" in r] == list(range(1, 5 * kills + 1))
@@ -364,7 +364,7 @@ def test_a_run_goes_on_on_another_number_of_processes(unbroken, programs, tmp_pa
     assert programs.run("program", method=method, argv=argv(accum))[0] == 0
     whole = unbroken(method).out
     assert len(losses(tmp_path)) == 20 and losses(tmp_path)[:6] == losses(whole)[:6]
-    assert losses(tmp_path) == pytest.approx(losses(whole), abs=1e-5)
+    assert losses(tmp_path) == pytest.approx(losses(whole), rel=1e-5)  # the log has six digits
 
 
 # -- 4. saving ------------------------------------------------------------------------------------------
@@ -660,8 +660,10 @@ def released(method):
         fixture = torch.load(path, weights_only=True)
         sizes = ("heads", "decoder_heads", "img_size", "num_visible")
         return fixture["state_dict"], {k: v for k, v in fixture["config"].items() if k in sizes}
-    sizes = {"heads": 2} | ({"decoder_heads": 2} if "decoder-heads" in METHODS[method] else {})
-    return MODULES[method].build(common.start(tiny("nowhere", method))[0]).state_dict(), sizes
+    cfg = tiny("nowhere", method)
+    cfg = MODULES[method].with_recipe(cfg) if method == "semantic_mim" else cfg
+    sizes = {"heads": 2, "img_size": 32} | ({"decoder_heads": 2} if "decoder-heads" in METHODS[method] else {})
+    return MODULES[method].build(common.start(cfg)[0]).state_dict(), sizes
 
 
 @pytest.mark.parametrize("claimed", METHODS)
@@ -679,7 +681,8 @@ def test_a_released_file_under_a_wrong_name(tmp_path, monkeypatch, capsys, metho
         torch.save({"model": damaged}, tmp_path / "released.pth")
         argv = [tmp_path / "released.pth", "--method", claimed, "--probe", "knn", "--data", "shapes:32"]
         status, lines = invoke(monkeypatch, capsys, "evaluate", argv)
-        assert status == 2 and len(lines) == 1 and "released" in lines[0], (what, status, lines)
+        assert status == 2 and len(lines) == 1 and lines[0].startswith("evaluate.py: "), (what, status, lines)
+        assert "released" in lines[0] or what == "other", (what, lines)  # of another's, sizes may be read that make no sense
     assert [p.name for p in tmp_path.iterdir()] == ["released.pth"]
 
 
@@ -712,7 +715,8 @@ BROKEN = {  # file name: bytes
     "absurd.ppm": b"P6 60000 60000 255\n" + bytes(1000), "absurd.npy": npy((60000, 60000, 3), bytes(1000)),
     "more absurd.npy": npy((10**9, 10**9, 3), bytes(1000)), "truncated.npy": npy((40, 40, 3), bytes(100)),
     "no pixels.npy": npy((0, 40, 3)), "seven axes.npy": npy((1,) * 7, b"0"), "floats.npy": npy((2, 2, 3), bytes(48), "<f4"),
-    "zip.npy": zipped(a=npy((2, 2, 3), bytes(12))), "torn zip.npy": b"PK\x03\x04 and so on", "noise.npy": b"\x93NUMPY\x01\x00\xff\xff",
+    "zip.npy": zipped(a=npy((2, 2, 3), bytes(12))), "torn zip.npy": b"PK\x03\x04 and so on",
+    "noise.npy": b"\x93NUMPY\x01\x00\xff\xff",
     "pickle.npy": b"\x80\x04\x95", "noise.tif": b"II*\x00\x08\x00\x00\x00\x03\x00\xff",
     "truncated.webp": encoded(PHOTO, "WEBP")[:100], "truncated.tif": encoded(PHOTO, "TIFF")[:900],
     "checksum.png": flipped(encoded(PHOTO, "PNG"), 60), "truncated.gif": encoded(PHOTO.convert("P"), "GIF")[:50],
@@ -864,7 +868,8 @@ def test_links_that_go_in_circles(tmp_path):
     assert {found[i].name for i in broken} <= {"self.png", "dangling.png"}
 
 
-@pytest.mark.parametrize("name", [b"a photo.png", "море 海 🙂.png".encode(), b"caf\xe9.png", b"two\nlines.png", b"-x.png", b"%s{}.png"])
+@pytest.mark.parametrize("name", [b"a photo.png", "море 海 🙂.png".encode(), b"caf\xe9.png", b"two\nlines.png", b"-x.png",
+                                  b"%s{}.png"])
 def test_names_of_files(tmp_path, capsys, no_tests, name):
     """Read where they are whole, named where they are not: also one that is no UTF-8, as old archives hold."""
     folder = tmp_path / "set"
@@ -933,8 +938,9 @@ def files(tmp_path_factory):
         shutil.copy(root / "twelve.npy", root / "chans" / f"{i}.npy")
     for method in ("mae", "capi"):
         cfg = common.start(tiny("run", method, model="nano"))[0]
-        torch.save({"method": method, "config": dataclasses.asdict(cfg), "step": 1, "model": MODULES[method].build(cfg).state_dict(),
-                    "optimizer": {}, "scaler": {}, "rng": torch.get_rng_state()}, root / f"{method}.pt")
+        model = MODULES[method].build(cfg).state_dict()
+        torch.save({"method": method, "config": dataclasses.asdict(cfg), "step": 1, "model": model, "optimizer": {}, "scaler": {},
+                    "rng": torch.get_rng_state()}, root / f"{method}.pt")
     (root / "blocked" / "last.eval.json").mkdir(parents=True)
     shutil.copy(root / "mae.pt", root / "blocked" / "last.pt")
     return root
@@ -1108,34 +1114,57 @@ def test_memory_stays_flat(programs, tmp_path, method, more):
     pid = programs.start("measured", method=method, argv=argv, every=20, path=str(tmp_path / "seen"))
     assert programs.wait(pid, seconds=900) == 0
     assert len(losses(tmp_path / "run")) == 2000
-    memory, opened = zip(*json.loads((tmp_path / "seen").read_text())[20:])
-    assert max(memory) < 1.02 * memory[0], memory
-    assert max(opened) <= opened[0] + 1, opened
+    memory, opened = np.array(json.loads((tmp_path / "seen").read_text()))[20:].T.reshape(2, 2, -1)  # of either half
+    assert_flat(memory, opened)
+
+
+def assert_flat(memory, opened):
+    """Buffers of 24 MiB come and go, so the floor and the ceiling of the halves are compared: a steady growth of 2 % in all
+    lifts the floor by 1 % from half to half."""
+    (floor, ceiling), (later_floor, later_ceiling) = np.quantile(memory, (0.1, 0.9), axis=1).T
+    assert later_floor < 1.01 * floor and later_ceiling < 1.02 * ceiling, memory
+    assert opened[1].max() <= opened[0].max() + 2, opened
+
+
+def test_growth_would_be_seen():
+    flat = 530 + 24 * (np.arange(80) % 3 == 0)
+    assert_flat(flat.reshape(2, -1), np.full((2, 40), 7))
+    for memory, opened in ((flat * np.linspace(1, 1.025, 80), np.full(80, 7)), (flat, 7 + np.arange(80) // 8)):
+        with pytest.raises(AssertionError):
+            assert_flat(memory.reshape(2, -1), opened.reshape(2, -1))
+
+
+class Names(common.Crops):
+    """Looks at every name of a fiftieth of the set on its way to an image."""
+
+    def __getitem__(self, item):
+        assert all(self.data.name(i) for i in range(item[0], min(len(self.data), item[0] + len(self.data) // 50)))
+        return super().__getitem__(item)
 
 
 def share_of_workers(workers, count, path, length=400):
     """A set of so many names is read by worker processes: MiB that each holds alone, and what the set takes."""
     name = os.path.dirname(path) + "/." * ((length - len(path)) // 2) + "/" + os.path.basename(path)
-    data = common.Folder([name], [-1], 3)
-    data.paths, data.labels = np.repeat(data.paths, count), torch.full((count,), -1)
-    items = iter([(i, (0, 0, i)) for i in range(first, count, max(1, count // 50))] for first in range(64))
+    data = common.Folder([name] * count, [-1] * count, 3)
+    every = [(i, (0, 0, i)) for i in range(0, count, count // 50)]  # each batch goes through the whole set
     run = common.Run(torch.device("cpu"), None, False)
-    batches = common.read_batches(common.Crops(data, (8, 8), (0.2, 1.0)), items, tiny("run", workers=workers), run)
-    for _ in range(40):
+    crops = Names(data, (8, 8), (0.2, 1.0))
+    batches = common.read_batches(crops, iter([every] * 4 * workers), tiny("run", workers=workers), run)
+    for _ in range(2 * workers):
         next(batches)
     alone = [int(re.search(r"Private_Dirty:\s+(\d+)", Path(f"/proc/{child.pid}/smaps_rollup").read_text())[1]) / 1024
              for child in multiprocessing.active_children()]
-    print(json.dumps({"workers": len(alone), "alone": sum(alone) / len(alone), "set": data.paths.nbytes / 2**20}))
+    print(json.dumps({"workers": len(alone), "alone": sum(alone) / len(alone), "set": count * length / 2**20}))
 
 
 @linux
-@pytest.mark.parametrize("workers, count", [(2, 200_000), pytest.param(8, 1_000_000, marks=pytest.mark.long)])
+@pytest.mark.parametrize("workers, count", [(2, 200_000), pytest.param(8, 500_000, marks=pytest.mark.long)])
 def test_workers_share_the_set(programs, tmp_path, workers, count):
     """400 bytes of name for each image: who touches a list of them copies it, page by page."""
     path = str(write_images(tmp_path, 1) / "000.png")
     few, many = (json.loads(programs.run("share_of_workers", workers=workers, count=count, path=path)[1])
                  for count in (500, count))
-    assert few["workers"] == many["workers"] == workers and many["set"] > count * 390 / 2**20 and few["set"] < 1
+    assert few["workers"] == many["workers"] == workers and few["set"] < 1 < 70 < many["set"]
     assert many["alone"] - few["alone"] < 0.05 * many["set"], (few, many)
 
 
@@ -1161,8 +1190,8 @@ def test_a_run_with_spawned_workers(programs, tmp_path):
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("*.py")), ids=lambda path: path.name)
 def test_no_device_is_named_by_a_call(path):
-    """`.cuda()`, `.cpu` of a model and torch.cuda.FloatTensor tie a program to one vendor; `.to(run.device)` does not. And
-    the syntax is that of Python 3.10."""
+    """`.cuda()` and torch.cuda.FloatTensor tie a program to one vendor, `.to(run.device)` does not. And the syntax is that of
+    Python 3.10."""
     tree = ast.parse(path.read_text(), feature_version=(3, 10))
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)]
     assert len(calls) > 50 and not [call.lineno for call in calls if call.func.attr == "cuda"]
