@@ -356,7 +356,6 @@ class Folder:
     margin = 0.875  # 224 out of 256, as everyone's evaluation has it
 
     def __init__(self, paths, labels, chans):
-        import torchvision.io  # noqa: F401, now, for the workers not to do it each
         self.paths = np.array([os.fsencode(p) for p in paths])  # one block of bytes: workers share it, lists they copy
         self.labels, self.labelled, self.chans = torch.tensor(labels), labels[0] >= 0, chans
 
@@ -532,12 +531,7 @@ def read_image(path, chans):
             raise ValueError(f"a .npy image is uint8 [H, W, C], this one is {getattr(array, 'dtype', 'a zip')} {list(getattr(array, 'shape', []))}")
         image = torch.from_numpy(array)
         return match_channels(image[None] if image.ndim == 2 else image.permute(2, 0, 1).contiguous(), chans)
-    from torchvision.io import ImageReadMode, decode_jpeg
-    with Image.open(path) as image:  # the header; of an animation the first picture
-        if image.format == "JPEG":
-            with contextlib.suppress(RuntimeError):  # a fifth faster than PIL, which then says what is wrong
-                file = torch.from_numpy(np.fromfile(path, np.uint8))
-                return match_channels(decode_jpeg(file, ImageReadMode.RGB, apply_exif_orientation=True), chans)
+    with Image.open(path) as image:  # of an animation the first picture
         ImageOps.exif_transpose(image, in_place=True)  # as it was held, not as the sensor lay
         if image.mode[0] in "IF":  # 16 bits or more: convert would cut at 255
             array = np.asarray(image, np.float32)
@@ -756,7 +750,7 @@ SHARED = {  # the flags that all five methods have: group, help, choices
     "seed": ("training", "all randomness follows from it"),
     "device": ("run", "where to compute", ("auto", "cpu", "cuda", "mps")),
     "amp": ("run", "precision of products; auto: bf16 where the device is fast at it", ("auto", "bf16", "fp16", "off")),
-    "compile": ("run", "torch.compile; auto: on CUDA", ("auto", "on", "off")),
+    "compile": ("run", "torch.compile; auto: on CUDA, and on a CPU for runs of an hour and more", ("auto", "on", "off")),
     "out": ("run", "folder for last.pt, log.jsonl and pictures"),
     "resume": ("run", "auto goes on from OUT/last.pt where there is one; no starts over; or a checkpoint to go on from"),
     "save_every": ("run", "epochs between checkpoints"),
@@ -880,9 +874,12 @@ class Run:
         return self.signal and self.world == 1
 
     def describe(self, cfg, model, total, peak_lr):
-        """What the run really uses."""
-        count = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
-        self.say(f"{cfg.model}: {count:.2f} M trained parameters, {device_name(self.device)}, "
+        """What the run really uses. On a CPU --compile auto is decided here: compiling takes a minute or more and saves 7 %
+        (MAE, bf16, two cores), which pays in runs of an hour, some 10^15 operations."""
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        if cfg.compile == "auto" and self.device.type == "cpu":
+            self.compile &= 2 * trained * model.num_patches * total * cfg.batch_size > 1e15
+        self.say(f"{cfg.model}: {trained / 1e6:.2f} M trained parameters, {device_name(self.device)}, "
                  f"{'float32' if self.amp is None else str(self.amp)[6:]}{', compiled' * self.compile}\n"
                  f"batch: {cfg.batch_size} = {self.world} processes x {cfg.accum} micro-batches x "
                  f"{cfg.batch_size // self.world // cfg.accum}; {total} steps, {total * cfg.batch_size} images; "
@@ -951,9 +948,9 @@ def start(cfg):
                        f"--batch-size {near} would")
     device = choose_device(cfg.device, local_rank)
     amp = choose_amp(cfg.amp, device)
-    compiled = cfg.compile == "on" or cfg.compile == "auto" and device.type == "cuda"
-    if cfg.compile == "on" and device.type == "cpu" and not (os.environ.get("CXX") or shutil.which("g++") or
-                                                             shutil.which("clang++")):
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    compiled = cfg.compile == "on" or cfg.compile == "auto" and (device.type == "cuda" or device.type == "cpu" and bool(compiler))
+    if cfg.compile == "on" and device.type == "cpu" and not compiler:
         raise BadInput("--compile on needs a C++ compiler (g++ or clang++) on the CPU")
     run = Run(device, amp, compiled, rank, world, local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     if world > 1:

@@ -250,8 +250,8 @@ def train(cfg):
         if first >= total:
             run.say(f"nothing to do: {first} of {total} steps are done; more --epochs goes on, --resume no starts over")
             return 0
-    log = Log(cfg, "mae", run, first)
     run.describe(cfg, model, total, peak_lr)
+    log = Log(cfg, "mae", run, first)
 
     if run.compile:
         model.compile()  # in place: the names in a checkpoint stay as they are

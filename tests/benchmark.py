@@ -145,11 +145,12 @@ def print_costs(card, utilisation):
 
 
 PEER_SIZES = {  # img_size, patch_size, dim, depth, heads, decoder_dim, decoder_depth, decoder_heads; batch
-    "32/4, 192 x 6": ((32, 4, 192, 6, 3, 96, 2, 3), 256), "ViT-S/16": ((224, 16, 384, 12, 6, 512, 8, 16), 16),
+    "cifar": ((32, 4, 192, 6, 3, 96, 2, 3), 256), "vit_small": ((224, 16, 384, 12, 6, 512, 8, 16), 16),
+    "toy": ((32, 8, 32, 1, 1, 16, 1, 1), 8),
 }
 
 
-def contenders(sizes):
+def contenders(sizes, compiled):
     """name -> (model, function from images to loss), all MAE with 75 % masked and standardised targets."""
     import torch
     import torch.nn.functional as F
@@ -158,10 +159,11 @@ def contenders(sizes):
     found = {}
     sys.path.insert(0, str(ROOT))
     from mae import MAE
-    for name in ("ours", "ours, compiled"):
+    for name in ["ours"] + ["ours, compiled"] * compiled:
         model = MAE(**s)
         found[name] = (model, lambda images, model=model: model(images)[0])
-    found["ours, compiled"][0].compile()
+    if compiled:
+        found["ours, compiled"][0].compile()
     try:
         from transformers import ViTMAEConfig, ViTMAEForPreTraining
         theirs = ViTMAEForPreTraining(ViTMAEConfig(
@@ -199,16 +201,17 @@ def contenders(sizes):
     return found
 
 
-def print_peers(rounds, steps):
+def print_peers(which, settings, rounds, steps):
     """Images per second of the same MAE: mask, forward, backward, AdamW on images that are already there. All take turns."""
     import time
     import torch
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     warnings.filterwarnings("ignore", ".*MAEDecoderTIMM")
-    for title, (sizes, batch) in PEER_SIZES.items():
+    for title in which or ["cifar", "vit_small"]:
+        sizes, batch = PEER_SIZES[title]
         torch.manual_seed(0)
         images, racers, speeds = torch.randn(batch, 3, sizes[0], sizes[0], device=device), {}, {}
-        for name, (model, loss_of) in contenders(sizes).items():
+        for name, (model, loss_of) in contenders(sizes, "bf16 + compile" in settings).items():
             model.to(device).train()
             trained = [p for p in model.parameters() if p.requires_grad]
             optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.05, **({"fused": True} if "ours" in name else {}))
@@ -219,7 +222,8 @@ def print_peers(rounds, steps):
                 loss.backward()
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
-            racers |= {f"{name}, {'bf16' if bf16 else 'fp32'}": functools.partial(step, bf16) for bf16 in (False, True)}
+            racers |= {f"{name}, {'bf16' if bf16 else 'fp32'}": functools.partial(step, bf16) for bf16 in (False, True)
+                       if ("bf16" if bf16 else "fp32") in settings}
         for step in racers.values():  # warm up, compile
             step(), step()
         for _ in range(rounds):
@@ -235,7 +239,7 @@ def print_peers(rounds, steps):
         print(f"{title}, batch {batch}, torch {torch.__version__}, {device}, {torch.get_num_threads()} threads")
         print(f"{'':26}{'img/s':>8}" + "".join(f"{'x ' + name:>22}" for name in peers))
         for name, rate in speeds.items():
-            print(f"{name:26}{rate:8.0f}" + "".join(f"{rate / other:22.2f}" for other in peers.values()), flush=True)
+            print(f"{name:26}{rate:8.1f}" + "".join(f"{rate / other:22.2f}" for other in peers.values()), flush=True)
 
 
 def print_images(folder, rounds):
@@ -281,7 +285,8 @@ def main():
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=60, help="timed in each round")
     parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--peers", action="store_true", help="race MAE against transformers' and lightly's, and leave")
+    parser.add_argument("--peers", nargs="*", choices=list(PEER_SIZES), metavar="SIZE",
+                        help="race MAE against transformers' and lightly's, and leave; sizes: " + " ".join(PEER_SIZES))
     parser.add_argument("--images", metavar="DIR", help="time reading and cropping the images of a folder, and leave")
     parser.add_argument("--cost", action="store_true", help="print what the papers' recipes cost, and leave")
     parser.add_argument("--card", type=float, default=989, help="TFLOP/s of a GPU in bf16, for --cost; 989 is an H100's or H200's")
@@ -290,8 +295,8 @@ def main():
     args, flags = parser.parse_known_args()
     if args.cost:
         return print_costs(args.card, args.utilisation)
-    if args.peers:
-        return print_peers(args.rounds, args.steps)
+    if args.peers is not None:
+        return print_peers(args.peers, args.settings, args.rounds, args.steps)
     if args.images:
         return print_images(args.images, args.rounds)
     windows = 4  # of steps / 3 each, the first not counted

@@ -458,3 +458,15 @@ def test_loader_processes_may_be_spawned(tmp_path):
                                                     collate_fn=common.Crops.collate, worker_init_fn=common.worker_signals)))
               for n, how in ((0, None), (2, "spawn"))]
     assert torch.equal(loaded[0][0], loaded[1][0]) and loaded[1][0].shape == (4, 3, 16, 16)
+
+
+def test_compile_auto_waits_for_a_long_run(capsys, monkeypatch):
+    """On a CPU it is decided by the length of the run; `on` and `off` are what they say."""
+    monkeypatch.setenv("CXX", "c++")
+    cfg = tiny("unused", compile="auto")
+    model = mae.build(cfg)
+    for flag, total, compiled in (("auto", 10, False), ("auto", 10**12, True), ("on", 10, True), ("off", 10**12, False)):
+        chosen, run = common.start(dataclasses.replace(cfg, compile=flag))
+        run.describe(chosen, model, total, 1e-3)
+        assert run.compile == compiled, (flag, total)
+        assert (", compiled" in capsys.readouterr().out) == compiled
