@@ -21,7 +21,8 @@ that a neighbour's edge gives nothing away; and the likeness of an image's token
       --warmup-epochs 40 --base-lr 1.5e-4 --proj-dim 4096 --decoder-dim 512 --decoder-depth 3 --decoder-heads 16 --clip-grad 0
                                                                   the paper's ImageNet recipe; not run at that scale
 
-Result of the first: see README.md, "What it prints".
+Result of the first (seeds 0, 1, 2; two CPU cores, 1 min 53 s): k-NN of the kind of the nearest object 46.2, 48.2, 49.4 %;
+untrained 32.1, 33.4, 31.3, raw pixels 34.0, 36.0, 35.5.
 
 Health: s(pred), s(visible) and s(target) are the mean cosines of an image's tokens to one another, 1 when all are the
 same. They show a collapse long before the loss does: s(target) near 1 means that the teacher says one thing of every

@@ -24,7 +24,8 @@ in two stacks of blocks side by side; the second one is thrown away after traini
   torchrun --nproc_per_node 8 semantic_mim.py --target dvae --tokenizer dalle_encoder.pth --data DIR --img-size 224 \
       --model base --batch-size 2048 --epochs 300 --warmup-epochs 10 --base-lr 1.875e-4        and with dVAE
 
-Result of the first: see README.md, "What it prints".
+Result of the first (seeds 0, 1, 2; two CPU cores, 2 min 25 s): k-NN of the kind of the nearest object 75.6, 76.8, 78.2 %, of
+the second 58.1, 62.1, 53.5; untrained 25.1, 27.7, 25.7, raw pixels 34.0, 36.0, 35.5.
 
 Cost at ViT-B/16, 224 pixels, one image, by torch's counter and the sum of what autograd keeps (bf16, fused attention;
 `python tests/benchmark.py --cost`): with HOG 108 GFLOP and 71 MiB, its baseline 105 and 66; with dVAE 107 and 79 (without the
@@ -374,7 +375,8 @@ def rename(name):
 def attention_columns(model, images, query):
     """Where a query patch looks, and where each proxy looks: heat maps [n, 3, H, W] over the images, one per token."""
     maps = model.attention(images)[:, [model.num_proxy + query, *range(model.num_proxy)], model.num_proxy:]  # [n, 1 + K, N]
-    maps = maps / maps.amax(-1, keepdim=True)
+    low, high = maps.amin(-1, keepdim=True), maps.amax(-1, keepdim=True)
+    maps = (maps - low) / (high - low).clamp(min=1e-12)  # each stretched to its own range
     maps = maps.unflatten(-1, model.grid).repeat_interleave(model.patch_size, 2).repeat_interleave(model.patch_size, 3)
     heat = torch.stack([2 * maps, 2 * maps - 1, 0.5 - maps], 2).clamp(0, 1)  # [n, 1 + K, 3, H, W]: dark blue, red, yellow
     return heat.unbind(1)

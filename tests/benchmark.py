@@ -127,10 +127,10 @@ def costs(rows):
     return (cost_of(method, flags, fake) for method, flags in rows)
 
 
-def print_costs(card, utilisation):
+def print_costs(methods, card, utilisation):
     """Every recipe printed in the files' heads, and SemanticMIM's baselines."""
     first = None
-    rows = [(m, flags + more) for m in METHODS for flags in recipes(m) for more in ([[], ["--baseline"]] if m == "semantic_mim" else [[]])]
+    rows = [(m, flags + more) for m in methods for flags in recipes(m) for more in ([[], ["--baseline"]] if m == "semantic_mim" else [[]])]
     print(f"At {utilisation:.0%} of {card:g} TFLOP/s per GPU; scaling taken as perfect, with the traffic that has to hide behind the step")
     print(f"{'recipe':36}{'GFLOP/img':>10}{'x MAE':>7}{'MiB/img':>9}{'state GB':>9}{'batch':>7}{'epochs':>7}{'GPU-hours':>10}"
           f"{'h on 8':>8}{'h on 64':>8}{'GB/step':>9}")
@@ -294,7 +294,7 @@ def main():
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args, flags = parser.parse_known_args()
     if args.cost:
-        return print_costs(args.card, args.utilisation)
+        return print_costs(args.methods, args.card, args.utilisation)
     if args.peers is not None:
         return print_peers(args.peers, args.settings, args.rounds, args.steps)
     if args.images:
