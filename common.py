@@ -873,6 +873,11 @@ class Run:
         """Between log lines only a process that is alone may stop: the others would wait for it for ever."""
         return self.signal and self.world == 1
 
+    def stumbled(self, grad_norm):
+        """Not finite: seen at once on a CPU, where looking is free; a GPU would have to be waited for, and is looked at with
+        the log. The gradient is everyone's, so all processes see the same."""
+        return self.device.type == "cpu" and not math.isfinite(grad_norm)
+
     def describe(self, cfg, model, total, peak_lr):
         """What the run really uses. On a CPU --compile auto is decided here: compiling takes a minute or more and saves 7 %
         (MAE, bf16, two cores), which pays in runs of an hour, some 10^15 operations."""

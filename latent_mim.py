@@ -419,7 +419,7 @@ def train(cfg):
 
         save = step % steps(cfg.save_every) == 0 or step == total
         evaluate = step == total or cfg.eval_every and step % steps(cfg.eval_every) == 0
-        if step % cfg.log_every == 0 or save or evaluate or run.asked_to_stop:
+        if step % cfg.log_every == 0 or save or evaluate or run.asked_to_stop or run.stumbled(grad_norm):
             # the only wait for the device: one vector, averaged over the processes, which so agree on what it says
             *values, norm, bad_steps, stop = run.average(torch.stack(
                 [*values, grad_norm, bad, bad.new_tensor(float(run.signal > 0))])).tolist()

@@ -328,6 +328,7 @@ def poisoned(method, argv, rank, number, value):
     def poison(images, n):
         if n == number and os.environ.get("RANK") == str(rank):
             images[0, 0, 0] = value
+        Path(f"{argv[argv.index('--out') + 1]}.batches.{os.environ.get('RANK')}").write_text(str(n))
         return images
     each_batch(method, poison)
     program(method, argv)
@@ -335,12 +336,13 @@ def poisoned(method, argv, rank, number, value):
 
 @each_method
 def test_one_process_with_a_nan_stops_both(programs, tmp_path, method):
-    argv = toy_flags(method, tmp_path / "run", "--epochs", 4, "--eval-every", 0, "--save-every", 2, "--log-every", 2)
+    argv = toy_flags(method, tmp_path / "run", "--epochs", 4, "--eval-every", 0, "--save-every", 2, "--log-every", 20)
     statuses = programs.run_together("poisoned", method=method, argv=argv, rank=1, number=7, value=math.nan)
     told = [Path(f"{programs.told}{rank}.2").read_text() for rank in (0, 1)]
     assert statuses == [1, 1], told  # none waits for the other
     assert told[0].count("not finite since step 7 ") == 1 and "not finite" not in told[1]
-    assert [r["step"] for r in records(tmp_path / "run") if "loss" in r] == [2, 4, 5, 6]  # agreed on with the next line
+    assert [(tmp_path / f"run.batches.{rank}").read_text() for rank in (0, 1)] == ["7", "7"]  # in that very step
+    assert [r["step"] for r in records(tmp_path / "run") if "loss" in r] == [5]
     state = read_checkpoint(tmp_path / "run" / "last.pt")
     assert state["step"] == 5 and all(t.isfinite().all() for t in state["model"].values())
 
