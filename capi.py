@@ -39,7 +39,7 @@ Memory: all logits are B x 256 x K numbers at ViT-L/14: 1.07 GB in float32 for 6
 512. They are made in chunks of positions and made again in the backward pass; what stays is the assignments, in the
 precision of autocast. By calculation (`python tests/benchmark.py --cost`: fused attention, bf16) the recipe above keeps 149 MiB
 per image for the backward pass, and 9.6 GB of weights, gradients, averages and teacher: 20 GB at 64 images per GPU, 90 GB
-at 512, plus about 3 GB for a chunk. --recompute makes encoder activations again too: 38 MiB per image, 14 % more FLOPs.
+at 512, plus a few times the 0.5 GB of a chunk's logits. --recompute: 38 MiB per image, 14 % more FLOPs.
 
 Differs from the authors' program: all hidden patches are predicted unless --predict-share says otherwise (the paper's is
 0.05 and saves compute; the author has since advised about 0.2; at least one always is). The first Sinkhorn iteration is in
@@ -83,7 +83,7 @@ class Config:
     drop_path: float = flag(0.0, "share of the images left out of each branch; the paper's is 0.2", least=0, most=0.9)
     ema: float = flag(0.97, "least momentum of the teacher, reached after warm-up; the paper's is 0.999", least=0, most=1)
     cluster_lr: float = flag(0.5, "rate of the clustering head, in units of the student's", least=0)
-    recompute: bool = flag(False, "encoder activations are computed again instead of kept: less memory, a third more time")
+    recompute: bool = flag(False, "encoder activations are computed again instead of kept: less memory, more time")
     crop_scale: tuple[float, ...] = (0.6, 1.0)
     betas: tuple[float, ...] = (0.9, 0.95)
 
@@ -369,16 +369,15 @@ class CAPI(nn.Module):
             return cross_entropy(self.cluster_head(x), assignments) * x.shape[1]
         assignments, loss, chunk = [], 0, max(1, self.CHUNK // (len(target) * self.clusters))
         for x in target.split(chunk, 1):
-            if chunk >= target.shape[1]:  # all at once: the logits can stay
+            whole = chunk >= target.shape[1]  # all at once: the logits can stay
+            with torch.set_grad_enabled(whole and torch.is_grad_enabled()):
                 logits = self.cluster_head(x)
-                assignments.append(sinkhorn(logits).to(logits.dtype))
-                loss = cross_entropy(logits, assignments[-1]) * x.shape[1]
-                continue
-            with torch.no_grad():
-                logits = self.cluster_head(x)
-                assignments.append(sinkhorn(logits).to(logits.dtype))
-            torch.clear_autocast_cache()  # else the weights that were cast without gradient are used again below
-            loss = loss + checkpoint(loss_of, x, assignments[-1], use_reentrant=False)
+            assignments.append(sinkhorn(logits).to(logits.dtype))
+            if whole:
+                loss = cross_entropy(logits, assignments[0]) * x.shape[1]
+            else:
+                torch.clear_autocast_cache()  # else the weights that were cast without gradient are used again
+                loss = loss + checkpoint(loss_of, x, assignments[-1], use_reentrant=False)
         return torch.cat(assignments, 1), loss / target.shape[1]
 
     def tokens(self, images):
@@ -495,7 +494,7 @@ def train(cfg):
     ddp = DistributedDataParallel(model, device_ids=[run.local_rank] if run.device.type == "cuda" else None,
                                   gradient_as_bucket_view=True, broadcast_buffers=False) if run.world > 1 else model
 
-    # -- what is looked at along the way: frozen features, and a picture of the same images: PCA of patches at both sizes, clusters
+    # -- what is looked at along the way: frozen features, and of the same images the PCA at two sizes and the clusters
     show = next(eval_batches(cfg, run, val_set or train_set, torch.arange(min(8, len(val_set or train_set)))))[0]
 
     def look(step, **scores):
@@ -586,7 +585,8 @@ def train(cfg):
                 look(step)
             if save or stop:
                 run.save(cfg, method="capi", config=dataclasses.asdict(cfg), step=step, model=model.state_dict(),
-                         optimizer=optimizer.state_dict(), cluster_optimizer=cluster_optimizer.state_dict(), scaler=scaler.state_dict(), rng=torch.get_rng_state())
+                         optimizer=optimizer.state_dict(), cluster_optimizer=cluster_optimizer.state_dict(),
+                         scaler=scaler.state_dict(), rng=torch.get_rng_state())
             if stop:
                 run.say(f"stopped by a signal after step {step}; the same command goes on from here")
                 return 128 + (run.signal or 15)

@@ -32,6 +32,16 @@ class BadHere(BadInput):
     """The same, found by one process alone, which therefore has to say it itself."""
 
 
+@contextlib.contextmanager
+def writing(what):
+    """A full disk, a folder that is none: one line about `what`."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError
+        why = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
+        raise BadInput(f"{what}: cannot be written ({why})") from error
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # 1. ViT
 # ---------------------------------------------------------------------------------------------------------------
@@ -527,8 +537,9 @@ def read_image(path, chans):
     """One image file as uint8 [chans, H, W]; more than four channels come as .npy, uint8 [H, W, C]."""
     if path.lower().endswith(".npy"):
         array = np.load(path, allow_pickle=False)
-        if not isinstance(array, np.ndarray) or array.dtype != np.uint8 or array.ndim not in (2, 3) or not array.size:
-            raise ValueError(f"a .npy image is uint8 [H, W, C], this one is {getattr(array, 'dtype', 'a zip')} {list(getattr(array, 'shape', []))}")
+        if getattr(array, "dtype", None) != np.uint8 or array.ndim not in (2, 3) or not array.size:
+            raise ValueError(f"a .npy image is uint8 [H, W, C], not {getattr(array, 'dtype', 'an archive')}, "
+                             f"{list(getattr(array, 'shape', []))}")
         image = torch.from_numpy(array)
         return match_channels(image[None] if image.ndim == 2 else image.permute(2, 0, 1).contiguous(), chans)
     with Image.open(path) as image:  # of an animation the first picture
@@ -586,7 +597,7 @@ def crop_resize(images, boxes, flips, size):
                   if n_in <= 48 and n_out <= 48 else resample_matrix(start, length, n_in, n_out)
                   for start, length, n_in, n_out in ((top, h, images.shape[2], size[0]), (left, w, images.shape[3], size[1])))
     cols = torch.where(flips[:, None, None], cols.flip(1), cols)
-    x = images.transpose(1, 2).float().contiguous().flatten(1, 2)  # [B, H * C, W]; so both products are one per image
+    x = images.transpose(1, 2).contiguous().float().flatten(1, 2)  # [B, H * C, W]; so both products are one per image
     x = torch.bmm(rows, torch.bmm(x, cols.mT).unflatten(1, (images.shape[2], -1)).flatten(2))  # [B, h, C * w]
     return x.unflatten(2, (images.shape[1], -1)).transpose(1, 2).clamp_(0, 255)
 
@@ -629,8 +640,8 @@ class Crops(torch.utils.data.Dataset):
             try:
                 image, label = self.data.read(i)
                 break
-            except READ_ERRORS:
-                broken.append(i)
+            except READ_ERRORS as error:
+                broken.append((i, f"{type(error).__name__}: {error}"[:120]))
         else:
             return None, -1, broken
         if place is None:
@@ -660,7 +671,7 @@ def train_batches(cfg, run, data, scale, start, total, size=None):
         images = data.images
         if run.device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info()[0] / 4:
             images = images.to(run.device)
-        ahead = max(1, 2**20 // (cfg.batch_size * math.prod(size)))  # small crops of a few steps at once cost a third of one step's at a time
+        ahead = max(1, 2**20 // (cfg.batch_size * math.prod(size)))  # small crops: a few steps' at once, which is cheaper
         while some := list(itertools.islice(places, ahead)):
             ids = torch.cat([order(step, cfg.batch_size, rows) for step, rows in some])
             noise = torch.cat([draw((cfg.batch_size, 41), run.device, "crop", cfg.seed, step)[rows] for step, rows in some])
@@ -697,7 +708,8 @@ def read_batches(crops, items, cfg, run):
     if on_cpu and workers:  # threads that spin for cores which the workers hold would slow a step down tenfold
         torch.set_num_threads(min(torch.get_num_threads(), max(1, cores - workers)))
     loader = torch.utils.data.DataLoader(crops, batch_sampler=items, num_workers=workers, collate_fn=Crops.collate,
-                                         worker_init_fn=worker_signals, pin_memory=run.device.type == "cuda", prefetch_factor=4 if workers else None)
+                                         worker_init_fn=worker_signals, pin_memory=run.device.type == "cuda",
+                                         prefetch_factor=4 if workers else None)
     return iter(loader)
 
 
@@ -903,11 +915,13 @@ class Run:
             self.warned.add(name)
             self.say(f"warning: {name}: {text}")
 
-    def report_broken(self, data, indices):
-        for i in indices:
+    def report_broken(self, data, broken):
+        printable = lambda text: os.fsencode(text).decode(errors="backslashreplace")  # a name may be no UTF-8
+        for i, why in broken:
             if i not in self.broken:
-                self.broken[i] = os.fsencode(data.name(i)).decode(errors="backslashreplace")  # a name may be no UTF-8
-                tqdm.write(f"warning: cannot read {self.broken[i]}; the next readable image takes its place")
+                self.broken[i] = printable(data.name(i))
+                why = printable(why.replace(data.name(i), "it"))
+                tqdm.write(f"warning: cannot read {self.broken[i]} ({why}); the next readable image takes its place")
         if len(self.broken) > max(1, len(data) // 100) or len(self.broken) == len(data):
             raise BadHere(f"--data: {len(self.broken)} of {len(data)} images cannot be read, more than 1 %: "
                            + ", ".join(list(self.broken.values())[:3]))
@@ -1170,17 +1184,15 @@ class Log:
     def write(self, **record):
         if self.main:
             self.records += [record] * ("rank" in record)
-            try:
+            with writing(self.path):
                 self.file.write(json.dumps({k: float(f"{v:.6g}") if isinstance(v, float) else v
                                             for k, v in record.items()}) + "\n")
-            except OSError as error:
-                raise BadInput(f"{self.path}: cannot be written ({error.strerror})") from error
 
     def summary(self, cfg):
         """k-NN before and after training and of raw pixels, as far as the log has them."""
         if not self.main:
             return
-        tests = [r for r in self.records if "rank" in r]
+        tests = self.records
         names = [k[4:] for k in tests[-1] if k.startswith("knn_")]
         before = tests[0] if tests[0]["step"] == 0 else {}  # a run that was resumed elsewhere has no beginning here
         same = all(tests[-1].get("mean_knn_" + name) == tests[-1].get("knn_" + name) for name in names)
@@ -1329,7 +1341,5 @@ def save_picture(path, columns, least=96):
     nrow = min(len(tiles), 2 * len(columns))
     tiles = torch.cat([tiles, torch.ones_like(tiles[:1]).expand(-len(tiles) % nrow, -1, -1, -1)])
     sheet = tiles.unflatten(0, (-1, nrow)).permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)  # [rows * h, nrow * w, 3]
-    try:
+    with writing(path):
         Image.fromarray((F.pad(sheet, (0, 0, 0, 4, 0, 4), value=1.0) * 255).round().byte().numpy()).save(path)
-    except OSError as error:
-        raise BadInput(f"{path}: cannot be written ({error.strerror or error})") from error

@@ -398,8 +398,7 @@ def from_checkpoint(path):
     state = read_checkpoint(path)
     if state.get("method") != "semantic_mim":
         raise BadInput(f"--beside {path}: not a checkpoint of semantic_mim.py")
-    config = {k: tuple(v) if isinstance(v, list) else v for k, v in state["config"].items()}
-    model = build(Config(**config), len(state["model"]["head.weight"]))
+    model = build(Config(**state["config"]), len(state["model"]["head.weight"]))
     return load_strictly(model, state["model"], f"{path}: a SemanticMIM")
 
 

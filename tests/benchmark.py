@@ -17,7 +17,6 @@ import functools
 import importlib
 import io
 import json
-import re
 import resource
 import statistics
 import subprocess
@@ -58,10 +57,12 @@ IMAGENET = 1_281_167
 
 
 def recipes(method):
-    """The full-size commands printed in the head of a method's file -> their flags."""
-    doc = re.sub(r"\s*\\\n\s*", " ", (ROOT / f"{method}.py").read_text().split('"""')[1])
-    return [re.split(r"\s{3,}", line.split(f"{method}.py ")[1])[0].split() for line in doc.splitlines()
-            if line.strip().startswith("torchrun")]
+    """The full-size commands printed in the head of a method's file, and SemanticMIM's baselines -> their flags."""
+    from conftest import printed_commands
+    doc = (ROOT / f"{method}.py").read_text().split('"""')[1]
+    found = [c.split(f"{method}.py ")[1].split() for c in printed_commands(doc) if c.startswith("torchrun")]
+    variants = {"semantic_mim": [[], ["--baseline"]], "capi": [[], ["--recompute"]]}.get(method, [[]])
+    return [flags + more for flags in found for more in variants]
 
 
 def cost_of(method, flags, fake):
@@ -100,20 +101,19 @@ def cost_of(method, flags, fake):
                 kept[t.untyped_storage()._cdata] = t
             return t
         for attend in (plain, Fused.apply):
-            for part in (common, module):
-                if hasattr(part, "attend"):
-                    part.attend = attend
             kept.clear()
-            with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), \
-                    torch.autocast("cpu", torch.bfloat16):
+            with contextlib.ExitStack() as stack:
+                for part in (common, module):
+                    if hasattr(part, "attend"):
+                        stack.enter_context(mock.patch.object(part, "attend", attend))
+                counter = stack.enter_context(FlopCounterMode(display=False))
+                stack.enter_context(torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t))
+                stack.enter_context(torch.autocast("cpu", torch.bfloat16))
                 loss, _ = model(images, **extra)
                 loss.backward()
             if attend is plain:
                 result["flops"] = counter.get_total_flops() / batch
         result["bytes"] = sum(t.untyped_storage().nbytes() for t in kept.values()) / batch
-    for part in (common, module):
-        if hasattr(part, "attend"):
-            part.attend = plain
     count = lambda wanted: sum(p.numel() for p in model.parameters() if p.requires_grad == wanted)
     return result | {"trained": count(True), "frozen": count(False)}
 
@@ -128,16 +128,16 @@ def costs(rows):
 
 
 def print_costs(methods, card, utilisation):
-    """Every recipe printed in the files' heads, and SemanticMIM's baselines."""
+    """Every recipe printed in the files' heads."""
     first = None
-    rows = [(m, flags + more) for m in methods for flags in recipes(m) for more in ([[], ["--baseline"]] if m == "semantic_mim" else [[]])]
-    print(f"At {utilisation:.0%} of {card:g} TFLOP/s per GPU; scaling taken as perfect, with the traffic that has to hide behind the step")
-    print(f"{'recipe':36}{'GFLOP/img':>10}{'x MAE':>7}{'MiB/img':>9}{'state GB':>9}{'batch':>7}{'epochs':>7}{'GPU-hours':>10}"
+    rows = [(method, flags) for method in methods for flags in recipes(method)]
+    print(f"At {utilisation:.0%} of {card:g} TFLOP/s per GPU; scaling is taken as perfect, GB/step is what has to hide behind a step")
+    print(f"{'recipe':36}{'GFLOP/img':>10}{'x 1st':>7}{'MiB/img':>9}{'state GB':>9}{'batch':>7}{'epochs':>7}{'GPU-hours':>10}"
           f"{'h on 8':>8}{'h on 64':>8}{'GB/step':>9}")
     for (method, _), r in zip(rows, costs(rows)):
         cfg, first = r["cfg"], first or r["flops"]
-        what = " ".join(filter(None, [method, getattr(cfg, "target", ""), "baseline" * getattr(cfg, "baseline", False),
-                                      f"{cfg.model}/{cfg.patch_size}"]))
+        on = [name for name in ("baseline", "recompute") if getattr(cfg, name, False)]
+        what = " ".join(filter(None, [method, getattr(cfg, "target", ""), *on, f"{cfg.model}/{cfg.patch_size}"]))
         hours = r["flops"] * cfg.epochs * IMAGENET / (utilisation * card * 1e12) / 3600
         state = (16 * r["trained"] + 4 * r["frozen"]) / 1e9  # weight, gradient, two averages in float32; the teacher's weight
         print(f"{what:36}{r['flops'] / 1e9:10.1f}{r['flops'] / first:7.2f}{r['bytes'] / 2**20:9.1f}{state:9.1f}"
@@ -182,9 +182,9 @@ def contenders(sizes, compiled):
                                 num_heads=s["heads"], num_classes=0)
         encoder = MaskedVisionTransformerTIMM(vit=vit)
         length = encoder.sequence_length
-        decoder = MAEDecoderTIMM(num_patches=length - 1, patch_size=s["patch_size"], embed_dim=s["dim"], decoder_embed_dim=s["decoder_dim"],
-                                 decoder_depth=s["decoder_depth"], decoder_num_heads=s["decoder_heads"], mlp_ratio=4.0,
-                                 proj_drop_rate=0.0, attn_drop_rate=0.0)
+        decoder = MAEDecoderTIMM(num_patches=length - 1, patch_size=s["patch_size"], embed_dim=s["dim"],
+                                 decoder_embed_dim=s["decoder_dim"], decoder_depth=s["decoder_depth"],
+                                 decoder_num_heads=s["decoder_heads"], mlp_ratio=4.0, proj_drop_rate=0.0, attn_drop_rate=0.0)
 
         def loss_of(images):
             keep, hidden = utils.random_token_mask(size=(len(images), length), mask_ratio=0.75, device=images.device)
@@ -253,8 +253,8 @@ def print_images(folder, rounds):
     paths = common.find_images(Path(folder))
     crops = common.Crops(common.Folder(paths, [-1] * len(paths), 3), (224, 224), (0.2, 1.0))
     cfg = types.SimpleNamespace(mean=common.IMAGENET_MEAN, std=common.IMAGENET_STD)
-    usual = T.Compose([T.RandomResizedCrop(224, scale=(0.2, 1.0), interpolation=T.InterpolationMode.BICUBIC), T.RandomHorizontalFlip(),
-                       T.ToTensor(), T.Normalize(cfg.mean, cfg.std)])
+    usual = T.Compose([T.RandomResizedCrop(224, scale=(0.2, 1.0), interpolation=T.InterpolationMode.BICUBIC),
+                       T.RandomHorizontalFlip(), T.ToTensor(), T.Normalize(cfg.mean, cfg.std)])
 
     def ours(some):
         return common.normalise(crops.collate([crops[i, (0, 0, i)] for i in some])[0].float(), cfg)
