@@ -311,7 +311,7 @@ def render_shapes(seed, index, img_size, in_chans=3):
     angle, freq = math.pi * angle, 2 * math.pi * 2 ** (1.5 * octave)
     waves = amount * (freq * (x * angle.cos() + y * angle.sin()) + 2 * math.pi * phase).sin()  # [n, 3, H, W]
     texture = (0.5 + 0.35 * waves.sum(1, keepdim=True)).clamp(0, 1)
-    one, two = spread(0.3 + 0.4 * rand("wall", 2, in_chans)).unbind(1)  # [n, C, 1, 1]
+    one, two = spread(rand("wall", 2, in_chans)).unbind(1)  # [n, C, 1, 1]
     canvas = one * texture + two * (1 - texture)  # [n, C, H, W]
     horizon = spread(0.25 + 0.15 * rand("horizon", 1))
     canvas = canvas * (1 - 0.35 * ((y - horizon) * 8).clamp(0, 1))
