@@ -548,26 +548,32 @@ def read_image(path, chans):
             array = np.asarray(image, np.float32)
             top = 65535 if image.mode.startswith("I") else array.max()
             return match_channels(torch.from_numpy(array / max(top, 1e-12) * 255).clamp(0, 255).byte()[None], chans)
-        return match_channels(pixels_of(image.convert("RGB")), chans)
+        return match_channels(pixels_of(image if image.mode == "RGB" else image.convert("RGB")), chans)
 
 
 # -- crops ----------------------------------------------------------------------------------------------------------
 
+def crop_noise(cfg, step, rows, device="cpu"):
+    """What decides the crops of some rows of a step's global batch: uniform numbers [m, 41]."""
+    return draw((cfg.batch_size, 41), device, "crop", cfg.seed, step)[rows]
+
+
 def crop_boxes(u, height, width, scale):
-    """Random resized crops of n images of one size. u [n, 41] uniform; scale (least, most) share of the area -> boxes
-    [n, 4]: top, left, height, width, and flips [n]. torchvision's rule: of ten tries (area even, aspect ratio log-even
-    in [3/4, 4/3]) the first that fits, else the largest central crop of an allowed aspect ratio."""
+    """Random resized crops of n images. u [n, 41] uniform; height and width, numbers or [n, 1]; scale (least, most) share
+    of the area -> boxes [n, 4]: top, left, height, width, and flips [n]. torchvision's rule: of ten tries (area even,
+    aspect ratio log-even in [3/4, 4/3]) the first that fits, else the largest central crop of an allowed aspect ratio."""
+    if not torch.is_tensor(height):
+        height, width = u.new_full((1, 1), height), u.new_full((1, 1), width)
     area, aspect, y, x = u[:, :40].unflatten(1, (4, 10)).unbind(1)  # each [n, 10]
     area = height * width * (scale[0] + (scale[1] - scale[0]) * area)
     aspect = torch.exp(math.log(3 / 4) + (math.log(4 / 3) - math.log(3 / 4)) * aspect)
     h, w = (area / aspect).sqrt().round(), (area * aspect).sqrt().round()
     fits = (h >= 1) & (w >= 1) & (h <= height) & (w <= width)
-    widest, highest = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
     tries = torch.stack([((height - h + 1) * y).floor(), ((width - w + 1) * x).floor(), h, w], 2)  # [n, 10, 4]
-    boxes = tries.gather(1, fits.byte().argmax(1)[:, None, None].expand(-1, 1, 4))[:, 0]
-    for column, value in enumerate(((height - highest) // 2, (width - widest) // 2, highest, widest)):
-        boxes[:, column].masked_fill_(~fits.any(1), value)
-    return boxes, u[:, 40] < 0.5
+    first = tries.gather(1, fits.byte().argmax(1)[:, None, None].expand(-1, 1, 4))[:, 0]
+    h, w = torch.minimum(height, (width * 4 / 3).round()), torch.minimum(width, (height * 4 / 3).round())
+    central = torch.cat([((height - h) / 2).floor(), ((width - w) / 2).floor(), h, w], 1)
+    return torch.where(fits.any(1, keepdim=True), first, central), u[:, 40] < 0.5
 
 
 def resample_matrix(start, length, n_in, n_out):
@@ -626,39 +632,41 @@ class Order:
 
 
 class Crops(torch.utils.data.Dataset):
-    """What a worker process does: read, crop and resize one image, on uint8. An item is (index, seeds of the crop, or
-    None for the central one). An image that cannot be read is replaced by the next that can, and reported."""
+    """What a worker process does: read, crop and resize the images of a batch, on uint8. An image that cannot be read is
+    replaced by the next that can, and reported."""
 
-    def __init__(self, data, size, scale):
-        self.data, self.size, self.scale = data, tuple(size), scale
+    def __init__(self, data, size, scale, cfg):
+        self.data, self.size, self.scale, self.cfg = data, tuple(size), scale, cfg
 
-    def __getitem__(self, item):
-        index, place = item
-        broken = []
+    def read(self, index, broken):
         for i in range(index, index + len(self.data) // 100 + 2):  # when all of these are broken, the run stops anyway
             i %= len(self.data)
             try:
-                image, label = self.data.read(i)
-                break
+                return self.data.read(i)
             except READ_ERRORS as error:
                 broken.append((i, f"{type(error).__name__}: {error}"[:120]))
-        else:
-            return None, -1, broken
-        if place is None:
-            box, flip = centre_box(*image.shape[1:], self.size, self.data.margin), False
-        else:
-            boxes, flips = crop_boxes(draw((1, 41), "cpu", "crop", *place), *image.shape[1:], self.scale)
-            box, flip = boxes[0].int().tolist(), bool(flips)
-        top, left, h, w = box
-        image = resize(image[:, top:top + h, left:left + w], self.size)
-        return image.flip(2) if flip else image, label, broken
 
-    @staticmethod
-    def collate(items):
-        images, labels, broken = zip(*items)
-        broken = [b for some in broken for b in some]
-        if any(image is None for image in images):
-            return None, None, broken
+    def __getitems__(self, item):
+        """(indices, (step, rows) or None for central crops) -> uint8 [m, C, *size], labels [m], [(index, why)] of the
+        broken. Eight at a time: many small operations become one, and few large photographs stand in memory."""
+        ids, place = item
+        noise = crop_noise(self.cfg, *place) if place else None
+        images, labels, broken = [], [], []
+        for some in range(0, len(ids), 8):
+            read = [self.read(i, broken) for i in ids[some:some + 8]]
+            if None in read:
+                return None, None, broken
+            if place:
+                height, width = torch.tensor([image.shape[1:] for image, _ in read]).float()[..., None].unbind(1)  # [n, 1]
+                boxes, flips = crop_boxes(noise[some:some + 8], height, width, self.scale)
+                boxes, flips = boxes.int().tolist(), flips.tolist()
+            else:
+                boxes = [centre_box(*image.shape[1:], self.size, self.data.margin) for image, _ in read]
+                flips = [False] * len(read)
+            for (image, label), (top, left, h, w), flip in zip(read, boxes, flips):
+                image = resize(image[:, top:top + h, left:left + w], self.size)
+                images.append(image.flip(2) if flip else image)
+                labels.append(label)
         return torch.stack(images), torch.tensor(labels), broken
 
 
@@ -674,14 +682,13 @@ def train_batches(cfg, run, data, scale, start, total, size=None):
         ahead = max(1, 2**20 // (cfg.batch_size * math.prod(size)))  # small crops: a few steps' at once, which is cheaper
         while some := list(itertools.islice(places, ahead)):
             ids = torch.cat([order(step, cfg.batch_size, rows) for step, rows in some])
-            noise = torch.cat([draw((cfg.batch_size, 41), run.device, "crop", cfg.seed, step)[rows] for step, rows in some])
+            noise = torch.cat([crop_noise(cfg, step, rows, run.device) for step, rows in some])
             picked = to_device(images[to_device(ids, images.device)], run.device)
             crops = normalise(crop_resize(picked, *crop_boxes(noise, *images.shape[2:], scale), size), cfg)
             yield from crops.chunk(len(some))
     else:
-        items = ([(i, (cfg.seed, step, row)) for i, row in zip(order(step, cfg.batch_size, rows).tolist(),
-                                                               range(rows.start, rows.stop))] for step, rows in places)
-        for images, _, broken in read_batches(Crops(data, size, scale), items, cfg, run):
+        items = ((order(step, cfg.batch_size, rows).tolist(), (step, rows)) for step, rows in places)
+        for images, _, broken in read_batches(Crops(data, size, scale, cfg), items, cfg, run):
             run.report_broken(data, broken)
             yield normalise(images.to(run.device, non_blocking=True).float(), cfg)
 
@@ -695,19 +702,19 @@ def eval_batches(cfg, run, data, ids, size=256):
                                  pair(cfg.img_size)).to(run.device)
             yield normalise(images, cfg), {name: y[some] for name, y in data.labels.items()}
     else:
-        items = ([(i, None) for i in some.tolist()] for some in ids.split(size))
-        for images, labels, broken in read_batches(Crops(data, pair(cfg.img_size), None), items, cfg, run):
+        items = ((some.tolist(), None) for some in ids.split(size))
+        for images, labels, broken in read_batches(Crops(data, pair(cfg.img_size), None, cfg), items, cfg, run):
             run.report_broken(data, broken)
             yield normalise(images.to(run.device).float(), cfg), {"class": labels} if data.labelled else {}
 
 
 def read_batches(crops, items, cfg, run):
-    """Images decoded by worker processes, a batch per list of `items`, in the order of the lists."""
+    """Images decoded by worker processes, a batch per item, in the order of the items."""
     cores, on_cpu = max(1, (os.cpu_count() or 1) // run.local_world), run.device.type == "cpu"
     workers = cfg.workers if cfg.workers >= 0 else max(1, min(8, cores // (4 if on_cpu else 1)))
     if on_cpu and workers:  # threads that spin for cores which the workers hold would slow a step down tenfold
         torch.set_num_threads(min(torch.get_num_threads(), max(1, cores - workers)))
-    loader = torch.utils.data.DataLoader(crops, batch_sampler=items, num_workers=workers, collate_fn=Crops.collate,
+    loader = torch.utils.data.DataLoader(crops, batch_sampler=items, num_workers=workers, collate_fn=tuple,
                                          worker_init_fn=worker_signals, pin_memory=run.device.type == "cuda",
                                          prefetch_factor=4 if workers else None)
     return iter(loader)

@@ -251,13 +251,13 @@ def print_images(folder, rounds):
     import common
     torch.set_num_threads(1)
     paths = common.find_images(Path(folder))
-    crops = common.Crops(common.Folder(paths, [-1] * len(paths), 3), (224, 224), (0.2, 1.0))
-    cfg = types.SimpleNamespace(mean=common.IMAGENET_MEAN, std=common.IMAGENET_STD)
+    cfg = types.SimpleNamespace(mean=common.IMAGENET_MEAN, std=common.IMAGENET_STD, batch_size=32, seed=0)
+    crops = common.Crops(common.Folder(paths, [-1] * len(paths), 3), (224, 224), (0.2, 1.0), cfg)
     usual = T.Compose([T.RandomResizedCrop(224, scale=(0.2, 1.0), interpolation=T.InterpolationMode.BICUBIC),
                        T.RandomHorizontalFlip(), T.ToTensor(), T.Normalize(cfg.mean, cfg.std)])
 
     def ours(some):
-        return common.normalise(crops.collate([crops[i, (0, 0, i)] for i in some])[0].float(), cfg)
+        return common.normalise(crops.__getitems__((some, (0, slice(len(some)))))[0].float(), cfg)
 
     def theirs(some):
         return torch.stack([usual(common.Image.open(paths[i]).convert("RGB")) for i in some])

@@ -777,20 +777,21 @@ def test_a_broken_image_is_replaced(tmp_path, name):
     (tmp_path / name).write_bytes(BROKEN[name])
     (tmp_path / "whole.png").write_bytes(encoded(PHOTO, "PNG"))
     data = common.Folder([tmp_path / name, tmp_path / "whole.png"], [-1, -1], 3)
-    image, _, broken = common.Crops(data, (16, 16), (0.2, 1.0))[0, (0, 0, 0)]
-    assert [i for i, _ in broken] == [0] and broken[0][1] and image.shape == (3, 16, 16)
+    images, _, broken = common.Crops(data, (16, 16), (0.2, 1.0), tiny("run")).__getitems__(([0], (0, slice(0, 1))))
+    assert [i for i, _ in broken] == [0] and broken[0][1] and images.shape == (1, 3, 16, 16)
     with pytest.raises(common.READ_ERRORS):  # where there is no other to take, as in evaluate.py
-        common.Crops(data, (16, 16), None).data.read(0)[0][0, 0, 0].item()
+        data.read(0)[0][0, 0, 0].item()
 
 
 def read_all(folder):
     """How much memory it takes to find out that they are broken."""
     peak = lambda: int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
     paths = sorted(Path(folder).iterdir())
-    crops = common.Crops(common.Folder(paths, [-1] * len(paths), 3), (16, 16), (0.2, 1.0))
-    crops[len(paths) - 1, (0, 0, 0)]  # a whole one
+    crops = common.Crops(common.Folder(paths, [-1] * len(paths), 3), (16, 16), (0.2, 1.0), tiny("run"))
+    broken_of = lambda index: crops.__getitems__(([index], (0, slice(0, 1))))[2]
+    broken_of(len(paths) - 1)  # a whole one
     before = peak()
-    broken = {i for index in range(len(paths)) for i, _ in crops[index, (0, 0, 0)][2]}
+    broken = {i for index in range(len(paths)) for i, _ in broken_of(index)}
     print(json.dumps({"MiB": peak() - before, "broken": len(broken)}))
 
 
@@ -872,7 +873,8 @@ def test_links_that_go_in_circles(tmp_path):
     found = common.find_images(tmp_path / "set")
     assert len({path.resolve() for path in found if not path.is_symlink()}) == 4 and len(found) <= 6
     data = common.Folder(found, [-1] * len(found), 3)
-    broken = {i for index in range(len(data)) for i, _ in common.Crops(data, (8, 8), None)[index, None][2]}
+    crops = common.Crops(data, (8, 8), None, tiny("run"))
+    broken = {i for index in range(len(data)) for i, _ in crops.__getitems__(([index], None))[2]}
     assert {found[i].name for i in broken} <= {"self.png", "dangling.png"}
 
 
@@ -1145,18 +1147,19 @@ def test_growth_would_be_seen():
 class Names(common.Crops):
     """Looks at every name of a fiftieth of the set on its way to an image."""
 
-    def __getitem__(self, item):
-        assert all(self.data.name(i) for i in range(item[0], min(len(self.data), item[0] + len(self.data) // 50)))
-        return super().__getitem__(item)
+    def __getitems__(self, item):
+        for at in item[0]:
+            assert all(self.data.name(i) for i in range(at, min(len(self.data), at + len(self.data) // 50)))
+        return super().__getitems__(item)
 
 
 def share_of_workers(workers, count, path, length=400):
     """A set of so many names is read by worker processes: MiB that each holds alone, and what the set takes."""
     name = os.path.dirname(path) + "/." * ((length - len(path)) // 2) + "/" + os.path.basename(path)
     data = common.Folder([name] * count, [-1] * count, 3)
-    every = [(i, (0, 0, i)) for i in range(0, count, count // 50)]  # each batch goes through the whole set
+    every = (range(0, count, count // 50), None)  # each batch goes through the whole set
     run = common.Run(torch.device("cpu"), None, False)
-    crops = Names(data, (8, 8), (0.2, 1.0))
+    crops = Names(data, (8, 8), None, tiny("run"))
     batches = common.read_batches(crops, iter([every] * 4 * workers), tiny("run", workers=workers), run)
     for _ in range(2 * workers):
         next(batches)

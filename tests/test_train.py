@@ -452,10 +452,10 @@ def test_main_exit_statuses(tmp_path, monkeypatch, capsys):
 def test_loader_processes_may_be_spawned(tmp_path):
     """As on macOS and Windows: what a worker needs has to travel by pickle."""
     paths = sorted(write_images(tmp_path / "images", 4).iterdir())
-    crops = common.Crops(common.Folder(paths, [-1] * 4, 3), (16, 16), (0.2, 1.0))
-    items = [[(i, (0, 0, i)) for i in range(4)]]
+    crops = common.Crops(common.Folder(paths, [-1] * 4, 3), (16, 16), (0.2, 1.0), tiny("run"))
+    items = [(range(4), (0, slice(0, 4)))]
     loaded = [next(iter(torch.utils.data.DataLoader(crops, batch_sampler=items, num_workers=n, multiprocessing_context=how,
-                                                    collate_fn=common.Crops.collate, worker_init_fn=common.worker_signals)))
+                                                    collate_fn=tuple, worker_init_fn=common.worker_signals)))
               for n, how in ((0, None), (2, "spawn"))]
     assert torch.equal(loaded[0][0], loaded[1][0]) and loaded[1][0].shape == (4, 3, 16, 16)
 
