@@ -56,6 +56,7 @@ class Config:
     pool: str = flag("own", "what stands for an image: the method's own choice, CLS (registers, proxies), the mean of the "
                      "patches, or both", ("own", "cls", "mean", "both"))
     layer: int = flag(-1, "which block's output, before any norm, from 0; -1: what the method's encode gives", least=-1)
+    held_out: bool = flag(False, "score on every tenth training image in place of the test set: to choose settings by")
     limit: int = flag(0, "at most so many images of either set; 0: all, for attentive 4096, for seg- 1024", least=0)
     epochs: int = flag(50, "passes of the linear and attentive probes", least=1)
     finetune_epochs: int = flag(10, "passes of --probe finetune", least=1)
@@ -488,6 +489,22 @@ def export_encoder(model, method):
 # All of it
 # ---------------------------------------------------------------------------------------------------------------
 
+def hold_out(data):
+    """A training set -> nine tenths to train the probes on, and every tenth image to score them on. (The encoder has seen
+    these pictures too, without their labels.)"""
+    def part(ids):
+        if isinstance(data, Pixels):
+            maps = data.maps if data.maps is None else data.maps[ids]
+            return Pixels(data.images[ids], {name: y[ids] for name, y in data.labels.items()}, maps)
+        some = copy.copy(data)
+        some.paths, some.labels = data.paths[ids.numpy()], data.labels[ids]
+        return some
+    tenth = torch.arange(len(data)) % 10 == 9
+    if not hasattr(data, "paths") and not isinstance(data, Pixels) or not tenth.any():
+        raise BadInput("--held-out: only for a folder, or for a set that is held in memory, of ten images and more")
+    return part((~tenth).nonzero()[:, 0]), part(tenth.nonzero()[:, 0])
+
+
 def run_probe(probe, encode, model, method, mcfg, run, sets, cfg):
     """One probe of one encoder -> scores, choices."""
     train_set, val_set = sets
@@ -532,6 +549,8 @@ def evaluate(cfg):
     encode, encode_untrained = (encoder_of(m, method, cfg.pool, cfg.layer) for m in (model, untrained))
     given = [given_image(path, mcfg) for path in cfg.images]  # read now, so that a typo is found before an hour of probing
     sets = masked_sets(mcfg, cfg.masks, cfg.data_root) if cfg.masks or mcfg.data in MASKED else load_data(mcfg, run)
+    if cfg.held_out:
+        sets = hold_out(sets[0])
     labelled = sets[1] is not None and (bool(sets[1].labels) if isinstance(sets[1], Pixels) else sets[1].labelled)
     for probe in cfg.probe:
         if probe.startswith("seg") and not (isinstance(sets[1], Pixels) and sets[1].maps is not None):
@@ -557,6 +576,7 @@ def evaluate(cfg):
             names = draw_pictures(model, method, encode, mcfg, dataclasses.replace(run, world=1), sets[1], cfg, folder, given)
         protocol = {"checkpoint": Path(cfg.checkpoint).name, "method": method, "encode": " ".join(model.encode.__doc__.split()),
                     "pool": cfg.pool, "layer": cfg.layer, "data": mcfg.data, "train": len(sets[0]), "test": len(sets[1]),
+                    "test_set": "every tenth of the training set" if cfg.held_out else "its own",
                     "img_size": pair(mcfg.img_size), "crop": f"centre, {sets[1].margin} of the shorter side", "seed": cfg.seed,
                     "knn": "cosine, k 1 and 20, votes exp(cosine / 0.07)", "grid": f"rates {RATES}, decays {DECAYS}",
                     "amp": str(run.amp), "torch": torch.__version__}

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torchvision.transforms.functional import to_pil_image
 
+import common
 import evaluate
 from common import BadInput, knn_predict, main, save_picture
 from conftest import FIXTURES, ROOT, noise_image, printed_commands, run_program, write_images
@@ -175,6 +176,20 @@ def test_folders_with_masks(tmp_path, monkeypatch):
     assert run(monkeypatch, path, *flags, "--masks", "trainannot", "valannot") == 2
 
 
+def test_held_out_never_sees_the_test_set(tmp_path, monkeypatch):
+    """Every picture of train once: nine tenths to learn from, a tenth to be scored on; in memory and in a folder."""
+    images, y = noise_image(0, height=40, width=8)[None].repeat(20, 1, 1, 1), torch.arange(20)
+    train, test = evaluate.hold_out(common.Pixels(images, {"kind": y}))
+    assert test.labels["kind"].tolist() == [9, 19] and sorted([*train.labels["kind"].tolist(), 9, 19]) == y.tolist()
+    folder = common.Folder([f"{i}.png" for i in range(20)], y.tolist(), 3)
+    train, test = evaluate.hold_out(folder)
+    assert [test.name(i) for i in range(2)] == ["9.png", "19.png"] and len(train) == 18 and len(folder) == 20
+    path = checkpoint(tmp_path / "last.pt", "mae")
+    assert run(monkeypatch, path, "--probe", "knn", "seg-knn", "--held-out") == 0
+    protocol = json.loads((tmp_path / "last.eval.json").read_text())["protocol"]
+    assert (protocol["train"], protocol["test"]) == (44, 4) and "training" in protocol["test_set"]
+
+
 @pytest.mark.parametrize("flags, text", [
     ("FILES/none.pt", "none.pt: no such file"), ("FILES/last.pt --method capi", "of mae, not of capi"),
     ("FILES/released.pth", "--method"), ("FILES/released.pth --method pilamim", "not a released PiLaMIM"),
@@ -182,7 +197,7 @@ def test_folders_with_masks(tmp_path, monkeypatch):
     ("FILES/last.pt --data FILES/flat", "labels"), ("FILES/last.pt --data FILES/classes --probe seg-knn", "label per pixel"),
     ("FILES/last.pt --data FILES/other", "classes that train/ has not"), ("FILES/last.pt --img-size 33", "--patch-size"),
     ("FILES/last.pt --masks a b c --data FILES/flat", "--masks"), ("FILES/capi.pt --export FILES/x.pt", "no timm ViT"),
-    ("FILES/last.pt --picture --images FILES/none.png", "none.png"), ("FILES/last.pt --pol cls", "--pool"),
+    ("FILES/last.pt --data FILES/flat --held-out", "ten images"), ("FILES/last.pt --picture --images FILES/none.png", "none.png"), ("FILES/last.pt --pol cls", "--pool"),
 ])
 def test_what_is_wrong_is_one_line(tmp_path, monkeypatch, capsys, flags, text):
     checkpoint(tmp_path / "last.pt", "mae")
