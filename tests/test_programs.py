@@ -5,6 +5,7 @@ import dataclasses
 import difflib
 import inspect
 import json
+import os
 import re
 import runpy
 import shlex
@@ -14,6 +15,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -510,6 +512,24 @@ def test_printed_command_runs(command, tmp_path, monkeypatch, capsys):
         assert status == 0, capsys.readouterr().err
     if not words[script].endswith("benchmark.py"):
         assert (tmp_path / "run" / "last.pt").exists()
+
+
+def test_the_slurm_script(tmp_path):
+    """The README's, on one machine with stand-ins for srun and scontrol, two processes and toy sizes."""
+    script = re.search(r"^```bash\n(#!/bin/bash\n.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)[1]
+    stand_ins = {"srun": f'exec "{Path(sys.executable).parent}/$1" "${{@:2}}"', "scontrol": "echo 127.0.0.1; echo other"}
+    for name, line in stand_ins.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{line}\n")
+        (tmp_path / name).chmod(0o755)
+    folder = write_images(tmp_path / "images", 8)
+    toy = f" --data {folder} " + " ".join([*TOY_FLAGS, METHODS["mae"], f"--batch-size 4 --out {tmp_path / 'run'}"])
+    script = script.rstrip() + toy
+    for theirs, ours in ("--nproc_per_node 8", "--nproc_per_node 2"), (":29500", ":0"):
+        assert theirs in script
+        script = script.replace(theirs, ours)
+    env = environment(PATH=f"{tmp_path}:{os.environ['PATH']}", SLURM_NNODES="1", SLURM_JOB_ID="7", SLURM_JOB_NODELIST="n[0-7]")
+    done = subprocess.run(["bash", "-c", script], cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0 and (tmp_path / "run" / "last.pt").exists(), done.stderr
 
 
 @each_method
