@@ -84,7 +84,7 @@ class Config:
     accum: int = 1
     epochs: int = 7
     warmup_epochs: int = 1
-    base_lr: float = 12e-3  # the paper's 1.5e-4 is for ViT-B and 800 epochs
+    base_lr: float = 2e-2  # the paper's 1.5e-4 is for ViT-B and 800 epochs
     weight_decay: float = 0.05
     clip_grad: float = 1.0
     workers: int = -1
