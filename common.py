@@ -1228,7 +1228,8 @@ def device_name(device):
         return torch.cuda.get_device_name(device)
     cpu = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     names = [line.split(":")[1].strip() for line in cpu.splitlines() if line.startswith("model name")]
-    return f"{device.type} ({names[0] if names else platform.processor() or platform.machine()}, {torch.get_num_threads()} threads)"
+    name = names[0] if names else platform.processor() or platform.machine()
+    return f"{device.type} ({name}, {torch.get_num_threads()} threads)"
 
 
 # -- health -----------------------------------------------------------------------------------------------------------

@@ -63,7 +63,7 @@ class Config:
     finetune_lr: float = flag(2e-3, "rate of its head, per 256 images", least=0)
     layer_decay: float = flag(0.75, "its rate falls by this factor from layer to layer downwards", least=0, most=1)
     drop_path: float = flag(0.1, "its share of dropped branches in the last layer, rising from 0", least=0, most=0.9)
-    masks: tuple[str, ...] = flag((), "folders, in --data or not, with the masks of its train/ and val/ images (same names, .png)")
+    masks: tuple[str, ...] = flag((), "folders, in --data or not, of the masks of its train/ and val/ images (same names, .png)")
     ignore: int = flag(255, "label in the masks that does not count")
     picture: bool = flag(False, "PCA of patches, t-SNE, and what the method can show, beside the checkpoint")
     images: tuple[str, ...] = flag((), "files for the pictures; else the first eight of the test set")
@@ -159,7 +159,8 @@ def masked_sets(cfg, masks, root):
             try:
                 data = getattr(torchvision.datasets, name)(root, download=not Path(root).is_dir(), **split, **options)
             except Exception as error:
-                raise BadInput(f"--data {cfg.data}: not under --data-root {root} ({' '.join(str(error).split())[:200]})") from error
+                why = " ".join(str(error).split())[:200]
+                raise BadInput(f"--data {cfg.data}: not under --data-root {root} ({why})") from error
             rows = ((pixels_of(image), pixels_of(mask)[0]) for image, mask in data)
             sets.append(with_masks(rows, len(data), cfg, cfg.data))
         return sets
@@ -380,7 +381,8 @@ def tsne(x, perplexity=30.0, steps=500, seed=0):
         beta = (low * high).sqrt()
         p = (-distance * beta).masked_fill(own, -torch.inf).softmax(1)
         entropy = torch.special.entr(p).sum(1, keepdim=True)
-        low, high = torch.where(entropy > math.log(perplexity), beta, low), torch.where(entropy > math.log(perplexity), high, beta)
+        flat = entropy > math.log(perplexity)
+        low, high = torch.where(flat, beta, low), torch.where(flat, high, beta)
     p = ((p + p.T) / (2 * n)).clamp(min=1e-12)
     y = torch.randn(n, 2, generator=torch.Generator().manual_seed(seed)).to(x.device) * 1e-2
     speed, gain, rate = torch.zeros_like(y), torch.ones_like(y), max(50.0, n / 12)
@@ -554,7 +556,8 @@ def evaluate(cfg):
     labelled = sets[1] is not None and (bool(sets[1].labels) if isinstance(sets[1], Pixels) else sets[1].labelled)
     for probe in cfg.probe:
         if probe.startswith("seg") and not (isinstance(sets[1], Pixels) and sets[1].maps is not None):
-            raise BadInput(f"--probe {probe} needs a label per pixel: --data shapes, {' '.join(MASKED)}, or a folder with --masks")
+            raise BadInput(f"--probe {probe} needs a label per pixel: --data shapes, {' '.join(MASKED)}, or a folder with "
+                           "--masks")
         if not probe.startswith("seg") and not labelled:
             raise BadInput(f"--probe {probe} needs labels: --data has no class folders (or no val/ with them)")
 

@@ -94,7 +94,8 @@ def cost_of(method, flags, fake):
         model = module.build(cfg).train()
         own = {t.untyped_storage()._cdata for t in [*model.parameters(), *model.buffers()]}
         images = torch.empty(batch, cfg.in_chans, *[n * (model.patch_size + getattr(model, "gap", 0)) for n in model.grid])
-        extra = {"tokens": torch.zeros(batch, model.num_patches, dtype=torch.long)} if getattr(cfg, "target", "") == "dvae" else {}
+        tokens = torch.zeros(batch, model.num_patches, dtype=torch.long)
+        extra = {"tokens": tokens} if getattr(cfg, "target", "") == "dvae" else {}
 
         def keep(t):
             if t.untyped_storage()._cdata not in own:
@@ -131,7 +132,7 @@ def print_costs(methods, card, utilisation):
     """Every recipe printed in the files' heads."""
     first = None
     rows = [(method, flags) for method in methods for flags in recipes(method)]
-    print(f"At {utilisation:.0%} of {card:g} TFLOP/s per GPU; scaling is taken as perfect, GB/step is what has to hide behind a step")
+    print(f"At {utilisation:.0%} of {card:g} TFLOP/s per GPU; scaling is taken as perfect, GB/step has to hide behind a step")
     print(f"{'recipe':36}{'GFLOP/img':>10}{'x 1st':>7}{'MiB/img':>9}{'state GB':>9}{'batch':>7}{'epochs':>7}{'GPU-hours':>10}"
           f"{'h on 8':>8}{'h on 64':>8}{'GB/step':>9}")
     for (method, _), r in zip(rows, costs(rows)):
@@ -243,7 +244,7 @@ def print_peers(which, settings, rounds, steps):
 
 
 def print_images(folder, rounds):
-    """Images per second on one core, decoded, cropped and normalised: ours beside torchvision's usual transforms on PIL images."""
+    """Images per second on one core, decoded, cropped, normalised: ours beside torchvision's usual transforms of PIL images."""
     import time
     import torch
     from torchvision import transforms as T
@@ -289,7 +290,7 @@ def main():
                         help="race MAE against transformers' and lightly's, and leave; sizes: " + " ".join(PEER_SIZES))
     parser.add_argument("--images", metavar="DIR", help="time reading and cropping the images of a folder, and leave")
     parser.add_argument("--cost", action="store_true", help="print what the papers' recipes cost, and leave")
-    parser.add_argument("--card", type=float, default=989, help="TFLOP/s of a GPU in bf16, for --cost; 989 is an H100's or H200's")
+    parser.add_argument("--card", type=float, default=989, help="TFLOP/s of a GPU in bf16, for --cost; 989 is an H100's")
     parser.add_argument("--utilisation", type=float, default=0.4, help="share of it that is reached, for --cost")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args, flags = parser.parse_known_args()

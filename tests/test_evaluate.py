@@ -81,7 +81,8 @@ def test_the_grid_learns_what_one_weak_rate_does_not():
 
 def test_knn_is_brute_force():
     g = torch.Generator().manual_seed(0)
-    gallery, labels, queries = torch.randn(300, 8, generator=g), torch.randint(5, (300,), generator=g), torch.randn(40, 8, generator=g)
+    gallery, queries = torch.randn(300, 8, generator=g), torch.randn(40, 8, generator=g)
+    labels = torch.randint(5, (300,), generator=g)
     for k in (1, 20):
         for query, predicted in zip(queries, knn_predict(gallery, labels, queries, k)):
             cosine = [(F.cosine_similarity(query, row, dim=0).item(), label) for row, label in zip(gallery, labels.tolist())]
@@ -197,7 +198,8 @@ def test_held_out_never_sees_the_test_set(tmp_path, monkeypatch):
     ("FILES/last.pt --data FILES/flat", "labels"), ("FILES/last.pt --data FILES/classes --probe seg-knn", "label per pixel"),
     ("FILES/last.pt --data FILES/other", "classes that train/ has not"), ("FILES/last.pt --img-size 33", "--patch-size"),
     ("FILES/last.pt --masks a b c --data FILES/flat", "--masks"), ("FILES/capi.pt --export FILES/x.pt", "no timm ViT"),
-    ("FILES/last.pt --data FILES/flat --held-out", "ten images"), ("FILES/last.pt --picture --images FILES/none.png", "none.png"), ("FILES/last.pt --pol cls", "--pool"),
+    ("FILES/last.pt --data FILES/flat --held-out", "ten images"),
+    ("FILES/last.pt --picture --images FILES/none.png", "none.png"), ("FILES/last.pt --pol cls", "--pool"),
 ])
 def test_what_is_wrong_is_one_line(tmp_path, monkeypatch, capsys, flags, text):
     checkpoint(tmp_path / "last.pt", "mae")
