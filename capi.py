@@ -21,7 +21,7 @@ Left alone they would all become one, so the sorting is forced to be balanced (S
       --clusters 16384 --predict-share 0.05 --weight-decay 0.1 --ema 0.999 --drop-path 0.2 --clip-grad 0
                                                             the paper's ViT-L/14 recipe; not run at that scale
 
-Result of the first (seeds 0, 1, 2; two CPU cores, 2 min 20 s): k-NN of the kind of the nearest object 36.3, 47.5, 43.5 %;
+Result of the first (seeds 0, 1, 2; two CPU cores, 2 min 11 s): k-NN of the kind of the nearest object 36.3, 47.5, 43.5 %;
 untrained 23.3, 24.7, 22.8, raw pixels 26.1, 29.1, 28.0.
 
 Why position by position: patches in the middle of photographs differ from those at the rim. Balanced over all positions

@@ -22,7 +22,7 @@ loss asks the same of CLS, which has to stand for the whole image.
       --ema 0.996 1 --clip-grad 0
                                                                the paper's ImageNet recipe; not run at that scale
 
-Result of the first (seeds 0, 1, 2; two CPU cores, 2 min 34 s): k-NN of the kind of the nearest object 41.1, 39.1, 37.0 % from
+Result of the first (seeds 0, 1, 2; two CPU cores, 2 min 45 s): k-NN of the kind of the nearest object 41.1, 39.1, 37.0 % from
 CLS and 49.2, 46.7, 48.6 % from the mean of the patches; untrained 24.5 and 22.6, raw pixels 26.1, 29.1, 28.0.
 
 Health: pixel_loss should fall below loss_of_mean, what guessing the mean would give. target_std is the spread of the

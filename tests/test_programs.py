@@ -532,6 +532,20 @@ def test_the_slurm_script(tmp_path):
     assert done.returncode == 0 and (tmp_path / "run" / "last.pt").exists(), done.stderr
 
 
+def test_docs_are_small_and_there():
+    """The README's pictures, and a whole log of each default run."""
+    files = [path for path in (ROOT / "docs").rglob("*") if path.is_file()]
+    shown = {ROOT / name for name in re.findall(r"\((docs/[^)]*)\)", (ROOT / "README.md").read_text())}
+    assert all(path.exists() for path in shown) and {f for f in files if f.suffix == ".png"} <= shown
+    assert sum(path.stat().st_size for path in files if path.suffix == ".png") < 600_000
+    for method in METHODS:
+        path = ROOT / "docs" / "logs" / f"{method}.jsonl"
+        first, *lines = [json.loads(line) for line in path.read_text().splitlines()]
+        assert path.stat().st_size < 30_000 and first["method"] == method and first["config"]["out"] == f"runs/{method}"
+        assert {k for k in first["config"]} == {f.name for f in dataclasses.fields(MODULES[method].Config)}
+        assert "raw_knn_kind" in lines[0] and "knn_kind" in lines[-1]
+
+
 @each_method
 def test_benchmark_knows_the_five(capsys, method):
     """What it runs in a process of its own for each method and setting."""
