@@ -644,7 +644,8 @@ class Crops(torch.utils.data.Dataset):
             try:
                 return self.data.read(i)
             except READ_ERRORS as error:
-                broken.append((i, f"{type(error).__name__}: {error}"[:120]))
+                why = f"{type(error).__name__}: {error}".replace(self.data.name(i), "it")
+                broken.append((i, why[:120]))
 
     def __getitems__(self, item):
         """(indices, (step, rows) or None for central crops) -> uint8 [m, C, *size], labels [m], [(index, why)] of the
@@ -898,8 +899,8 @@ class Run:
         return self.device.type == "cpu" and not math.isfinite(grad_norm)
 
     def describe(self, cfg, model, total, peak_lr):
-        """What the run really uses. On a CPU --compile auto is decided here: compiling takes a minute or more and saves 7 %
-        (MAE, bf16, two cores), which pays in runs of an hour, some 10^15 operations."""
+        """What the run really uses. On a CPU --compile auto is decided here: compiling takes 40 s and saves 7 % (MAE, bf16,
+        two cores), which surely pays in runs of an hour, some 10^15 operations."""
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         if cfg.compile == "auto" and self.device.type == "cpu":
             self.compile &= 2 * trained * model.num_patches * total * cfg.batch_size > 1e15
@@ -927,8 +928,7 @@ class Run:
         for i, why in broken:
             if i not in self.broken:
                 self.broken[i] = printable(data.name(i))
-                why = printable(why.replace(data.name(i), "it"))
-                tqdm.write(f"warning: cannot read {self.broken[i]} ({why}); the next readable image takes its place")
+                tqdm.write(f"warning: cannot read {self.broken[i]} ({printable(why)}); the next readable image takes its place")
         if len(self.broken) > max(1, len(data) // 100) or len(self.broken) == len(data):
             raise BadHere(f"--data: {len(self.broken)} of {len(data)} images cannot be read, more than 1 %: "
                            + ", ".join(list(self.broken.values())[:3]))
