@@ -23,6 +23,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps  # torchvision brings it; itself it takes as long to import as torch, so only where it is used
 from tqdm import tqdm
 
+warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nor does anything here write to a picture
+
 
 class BadInput(ValueError):
     """Something the user gave cannot work. `main` shows it as one line and exits with status 2."""
@@ -507,14 +509,15 @@ def find_images(root):
 
 
 def pixels_of(image):
-    """A PIL image -> uint8 [c, H, W]."""
-    pixels = torch.from_numpy(np.array(image))
+    """A PIL image -> uint8 [c, H, W], to be read only: a copy to write to would cost a third as much as decoding."""
+    pixels = torch.from_numpy(np.asarray(image))
     return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
 
 
 def resize(image, size):
     """uint8 [c, h, w] -> [c, *size], bicubic with antialiasing: PIL's result, in a fraction of its time."""
-    return F.interpolate(image[None], tuple(size), mode="bicubic", antialias=True)[0]
+    image = image[None].contiguous(memory_format=torch.channels_last)  # as PIL stores it, for which torch has a faster way
+    return F.interpolate(image, tuple(size), mode="bicubic", antialias=True)[0].contiguous()
 
 
 def match_channels(image, chans):
@@ -1319,7 +1322,8 @@ def warn_of_trouble(run, values):
 
 def spread(tokens):
     """Standard deviation over all tokens [..., D], averaged over the channels: 0 when they are all the same."""
-    return tokens.detach().float().flatten(0, -2).std(0).mean()
+    x = tokens.detach().float().flatten(0, -2)
+    return (x - x.mean(0)).square().mean(0).sqrt().mean()  # on CPUs an eighth of the time of std(0)
 
 
 # -- pictures -----------------------------------------------------------------------------------------------------------

@@ -5,7 +5,8 @@ import torch
 import torch.nn as nn
 
 import pilamim
-from common import BadInput, linear, param_groups, patchify, random_mask, restore, split_ids, unpatchify, update_ema
+from common import (BadInput, linear, param_groups, patchify, random_mask, restore, sincos_2d, split_ids, unpatchify,
+                    update_ema)
 from conftest import FIXTURES
 from pilamim import PiLaMIM, rename, squared_error
 
@@ -357,6 +358,21 @@ def test_accumulated_gradients_are_the_whole_batch():
     for name, gradient in whole.items():
         mine = model.get_parameter(name).grad
         torch.testing.assert_close(mine, gradient, rtol=0, atol=1e-6, msg=lambda text: name + text)
+
+
+def test_the_other_init_is_maes():
+    torch.manual_seed(0)
+    model = small(dim=128, decoder_dim=64, init="mae")
+    for layer in (model.encoder.blocks[0].attn.qkv, model.decoder.head, model.latent_decoder.embed):
+        bound = (6 / (layer.in_features + layer.out_features)) ** 0.5  # Xavier uniform
+        assert 0.98 * bound < layer.weight.abs().max() <= bound
+    assert not model.decoder.head.bias.any() and model.decoder.head.bias.requires_grad
+    places = torch.arange(4)
+    assert torch.equal(model.encoder.pos_embed, sincos_2d(128, places, places)) and model.encoder.pos_embed.requires_grad
+    for decoder in (model.decoder, model.latent_decoder):
+        assert torch.equal(decoder.pos_embed[:, 1:], sincos_2d(64, places, places))
+        assert 0 < decoder.pos_embed[:, :1].std() < 0.03  # CLS keeps its own
+    assert all(map(torch.equal, model.teacher.parameters(), model.encoder.parameters()))
 
 
 def test_init_and_blocks_are_the_papers():
