@@ -26,12 +26,6 @@ import common
 
 torch.set_num_threads(1)  # at this size threads cost more than they bring
 
-
-def pytest_collection_modifyitems(items):  # common.py says so itself, but pytest sets its own filters for each test
-    for item in items:
-        item.add_marker(pytest.mark.filterwarnings("ignore:The given NumPy array is not writable"))
-
-
 TOY = (32, 2, 2)  # width, depth, heads of an encoder that only tests have
 DECODER = "--decoder-dim 16 --decoder-heads 2 --decoder-depth 1"
 METHODS = {  # the five, each with the flags that make it small
@@ -141,6 +135,8 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "long: takes minutes; runs with --long")
+    # common.py says so itself, but pytest has filters of its own for each test
+    config.addinivalue_line("filterwarnings", "ignore:The given NumPy array is not writable")
 
 
 def pytest_collection_modifyitems(config, items):
