@@ -377,8 +377,8 @@ class Folder:
     def name(self, i):
         return os.fsdecode(self.paths[i])
 
-    def read(self, i):  # -> uint8 [C, h, w], label
-        return read_image(self.name(i), self.chans), int(self.labels[i])
+    def read(self, i):  # -> a picture, label
+        return open_image(self.name(i)), int(self.labels[i])
 
 
 class Named:
@@ -396,7 +396,7 @@ class Named:
 
     def read(self, i):
         image, label = self.data[i]
-        return match_channels(pixels_of(image), self.chans), int(label)
+        return image, int(label)
 
 
 NAMED = {  # name: (torchvision's class, options of the training set, of the test set, small enough to be held decoded)
@@ -457,10 +457,11 @@ def named_set(cfg, options, run):
     if not small:
         return data
     try:
-        rows = [data.read(i) for i in tqdm(range(len(data)), f"reading {cfg.data}", leave=False, disable=not run.main)]
+        rows = map(data.read, tqdm(range(len(data)), f"reading {cfg.data}", leave=False, disable=not run.main))
+        images, labels = zip(*[(cut(picture, cfg.in_chans), label) for picture, label in rows])
     except ValueError as error:
         raise BadInput(f"--data {cfg.data}: {error}") from error
-    return Pixels(torch.stack([image for image, _ in rows]), {"class": torch.tensor([label for _, label in rows])})
+    return Pixels(torch.stack(images), {"class": torch.tensor(labels)})
 
 
 def folder_sets(cfg, run):
@@ -514,6 +515,20 @@ def pixels_of(image):
     return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
 
 
+def size_of(picture):  # -> height, width
+    return tuple(picture.shape[1:]) if torch.is_tensor(picture) else picture.size[::-1]
+
+
+def cut(picture, chans, box=None):
+    """A picture, decoded but still PIL's, or uint8 [c, H, W] -> the box (top, left, height, width) of it, uint8 [chans, h, w].
+    What lies outside is never copied, which is half of a training crop's photograph."""
+    top, left, h, w = box or (0, 0, *size_of(picture))
+    if torch.is_tensor(picture):
+        return match_channels(picture[:, top:top + h, left:left + w], chans)
+    picture = picture.crop((left, top, left + w, top + h)) if box else picture
+    return match_channels(pixels_of(picture if picture.mode in ("RGB", "L") else picture.convert("RGB")), chans)
+
+
 def resize(image, size):
     """uint8 [c, h, w] -> [c, *size], bicubic with antialiasing: PIL's result, in a fraction of its time."""
     image = image[None].contiguous(memory_format=torch.channels_last)  # as PIL stores it, for which torch has a faster way
@@ -536,22 +551,28 @@ def match_channels(image, chans):
     raise ValueError(f"the image has {have} channels, --in-chans is {chans}")
 
 
-def read_image(path, chans):
-    """One image file as uint8 [chans, H, W]; more than four channels come as .npy, uint8 [H, W, C]."""
+def open_image(path):
+    """One image file, decoded: PIL's picture of it; uint8 [c, H, W] where that has more than 8 bits, or four channels and
+    more, which come as .npy, uint8 [H, W, C]."""
     if path.lower().endswith(".npy"):
         array = np.load(path, allow_pickle=False)
         if getattr(array, "dtype", None) != np.uint8 or array.ndim not in (2, 3) or not array.size:
             raise ValueError(f"a .npy image is uint8 [H, W, C], not {getattr(array, 'dtype', 'an archive')}, "
                              f"{list(getattr(array, 'shape', []))}")
         image = torch.from_numpy(array)
-        return match_channels(image[None] if image.ndim == 2 else image.permute(2, 0, 1).contiguous(), chans)
+        return image[None] if image.ndim == 2 else image.permute(2, 0, 1)
     with Image.open(path) as image:  # of an animation the first picture
         ImageOps.exif_transpose(image, in_place=True)  # as it was held, not as the sensor lay
         if image.mode[0] in "IF":  # 16 bits or more: convert would cut at 255
             array = np.asarray(image, np.float32)
             top = 65535 if image.mode.startswith("I") else array.max()
-            return match_channels(torch.from_numpy(array / max(top, 1e-12) * 255).clamp(0, 255).byte()[None], chans)
-        return match_channels(pixels_of(image if image.mode == "RGB" else image.convert("RGB")), chans)
+            return torch.from_numpy(array / max(top, 1e-12) * 255).clamp(0, 255).byte()[None]
+        return image
+
+
+def read_image(path, chans):
+    """One image file as uint8 [chans, H, W]."""
+    return cut(open_image(path), chans)
 
 
 # -- crops ----------------------------------------------------------------------------------------------------------
@@ -561,21 +582,34 @@ def crop_noise(cfg, step, rows, device="cpu"):
     return draw((cfg.batch_size, 41), device, "crop", cfg.seed, step)[rows]
 
 
+def crop_box(u, height, width, scale):
+    """Random resized crop of one image. u, 41 uniform numbers; scale, (least, most) share of the area -> (top, left, height,
+    width), flip. torchvision's rule: of ten tries (area even, aspect ratio log-even in [3/4, 4/3]) the first that fits,
+    else the largest central crop of an allowed aspect ratio."""
+    for area, aspect, y, x in zip(u[:10], u[10:20], u[20:30], u[30:40]):
+        area = height * width * (scale[0] + (scale[1] - scale[0]) * area)
+        aspect = 3 / 4 * (16 / 9) ** aspect
+        h, w = round((area / aspect) ** 0.5), round((area * aspect) ** 0.5)
+        if 1 <= h <= height and 1 <= w <= width:
+            return (int((height - h + 1) * y), int((width - w + 1) * x), h, w), u[40] < 0.5
+    return central_crop(height, width), u[40] < 0.5
+
+
+def central_crop(height, width):
+    h, w = min(height, round(width * 4 / 3)), min(width, round(height * 4 / 3))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
 def crop_boxes(u, height, width, scale):
-    """Random resized crops of n images. u [n, 41] uniform; height and width, numbers or [n, 1]; scale (least, most) share
-    of the area -> boxes [n, 4]: top, left, height, width, and flips [n]. torchvision's rule: of ten tries (area even,
-    aspect ratio log-even in [3/4, 4/3]) the first that fits, else the largest central crop of an allowed aspect ratio."""
-    if not torch.is_tensor(height):
-        height, width = u.new_full((1, 1), height), u.new_full((1, 1), width)
+    """`crop_box` of many images of one size, on their device: u [n, 41] -> boxes [n, 4], flips [n]."""
     area, aspect, y, x = u[:, :40].unflatten(1, (4, 10)).unbind(1)  # each [n, 10]
     area = height * width * (scale[0] + (scale[1] - scale[0]) * area)
-    aspect = torch.exp(math.log(3 / 4) + (math.log(4 / 3) - math.log(3 / 4)) * aspect)
+    aspect = 3 / 4 * (16 / 9) ** aspect
     h, w = (area / aspect).sqrt().round(), (area * aspect).sqrt().round()
     fits = (h >= 1) & (w >= 1) & (h <= height) & (w <= width)
     tries = torch.stack([((height - h + 1) * y).floor(), ((width - w + 1) * x).floor(), h, w], 2)  # [n, 10, 4]
     first = tries.gather(1, fits.byte().argmax(1)[:, None, None].expand(-1, 1, 4))[:, 0]
-    h, w = torch.minimum(height, (width * 4 / 3).round()), torch.minimum(width, (height * 4 / 3).round())
-    central = torch.cat([((height - h) / 2).floor(), ((width - w) / 2).floor(), h, w], 1)
+    central = torch.stack([u.new_full((len(u),), n) for n in central_crop(height, width)], 1)
     return torch.where(fits.any(1, keepdim=True), first, central), u[:, 40] < 0.5
 
 
@@ -641,37 +675,26 @@ class Crops(torch.utils.data.Dataset):
     def __init__(self, data, size, scale, cfg):
         self.data, self.size, self.scale, self.cfg = data, tuple(size), scale, cfg
 
-    def read(self, index, broken):
-        for i in range(index, index + len(self.data) // 100 + 2):  # when all of these are broken, the run stops anyway
+    def crop(self, index, u, broken):  # -> uint8 [C, *size], label; None when too many are broken
+        for i in range(index, index + len(self.data) // 100 + 2):  # when all of these are, the run stops anyway
             i %= len(self.data)
             try:
-                return self.data.read(i)
+                picture, label = self.data.read(i)
+                box, flip = crop_box(u, *size_of(picture), self.scale) if u else \
+                    (centre_box(*size_of(picture), self.size, self.data.margin), False)
+                image = resize(cut(picture, self.data.chans, box), self.size)
+                return image.flip(2) if flip else image, label
             except READ_ERRORS as error:
                 why = f"{type(error).__name__}: {error}".replace(self.data.name(i), "it")
                 broken.append((i, why[:120]))
 
     def __getitems__(self, item):
-        """(indices, (step, rows) or None for central crops) -> uint8 [m, C, *size], labels [m], [(index, why)] of the
-        broken. Eight at a time: many small operations become one, and few large photographs stand in memory."""
+        """(indices, (step, rows) or None for central crops) -> uint8 [m, C, *size], labels [m], [(index, why)] of the broken."""
         ids, place = item
-        noise = crop_noise(self.cfg, *place) if place else None
-        images, labels, broken = [], [], []
-        for some in range(0, len(ids), 8):
-            read = [self.read(i, broken) for i in ids[some:some + 8]]
-            if None in read:
-                return None, None, broken
-            if place:
-                height, width = torch.tensor([image.shape[1:] for image, _ in read]).float()[..., None].unbind(1)  # [n, 1]
-                boxes, flips = crop_boxes(noise[some:some + 8], height, width, self.scale)
-                boxes, flips = boxes.int().tolist(), flips.tolist()
-            else:
-                boxes = [centre_box(*image.shape[1:], self.size, self.data.margin) for image, _ in read]
-                flips = [False] * len(read)
-            for (image, label), (top, left, h, w), flip in zip(read, boxes, flips):
-                image = resize(image[:, top:top + h, left:left + w], self.size)
-                images.append(image.flip(2) if flip else image)
-                labels.append(label)
-        return torch.stack(images), torch.tensor(labels), broken
+        noise = crop_noise(self.cfg, *place).tolist() if place else [None] * len(ids)
+        broken = []
+        images, labels = zip(*[self.crop(i, u, broken) or (None, None) for i, u in zip(ids, noise)])
+        return (None, None, broken) if None in labels else (torch.stack(images), torch.tensor(labels), broken)
 
 
 def train_batches(cfg, run, data, scale, start, total, size=None):

@@ -21,6 +21,7 @@ sys.path.insert(0, str(ROOT))
 import pytest
 import torch
 from torchvision.transforms.functional import to_pil_image
+from tqdm import tqdm
 
 import common
 
@@ -152,6 +153,7 @@ def restored(monkeypatch):
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     state, precision = torch.get_rng_state(), torch.get_float32_matmul_precision()
     torch.manual_seed(0)
+    tqdm._instances.clear()  # bars that an earlier test's traceback keeps: collected while one is written, they upset that
     yield
     torch.set_rng_state(state)
     torch.set_float32_matmul_precision(precision)

@@ -16,7 +16,7 @@ from torchvision.transforms.functional import hflip, resized_crop, to_pil_image
 
 import common
 import mae
-from common import (BadInput, Order, attend, check_health, crop_boxes, crop_resize, draw, effective_rank,
+from common import (BadInput, Order, attend, check_health, crop_box, crop_boxes, crop_resize, draw, effective_rank,
                     gather, knn_predict, param_groups, parse_args, patchify, random_mask, raw_pixels,
                     read_checkpoint, render_shapes, resize_positions, restore, save_checkpoint, seed_of,
                     shapes_set, sincos_2d, split_ids, train_batches, unpatchify, warmup_cosine,
@@ -168,6 +168,23 @@ def test_crop_boxes_are_torchvisions(height, width, scale):
 def test_crop_that_never_fits_is_central():
     boxes, _ = crop_boxes(torch.rand(50, 41), 10, 100, (0.9, 1.0))
     assert boxes.unique(dim=0).tolist() == [[0, (100 - 13) // 2, 10, 13]]
+    assert crop_box(torch.rand(41).tolist(), 10, 100, (0.9, 1.0))[0] == (0, (100 - 13) // 2, 10, 13)
+
+
+@pytest.mark.parametrize("height, width, scale", [(32, 32, (0.2, 1.0)), (375, 500, (0.08, 0.5)), (30, 100, (0.6, 1.0))])
+def test_one_image_is_cropped_as_many_are(height, width, scale):
+    noise = torch.rand(2000, 41, dtype=torch.float64)
+    boxes, flips = crop_boxes(noise, height, width, scale)
+    alone = [crop_box(u, height, width, scale) for u in noise.tolist()]
+    assert [list(box) for box, _ in alone] == boxes.tolist() and [flip for _, flip in alone] == flips.tolist()
+
+
+def test_a_box_is_cut_as_from_the_whole():
+    for chans, mode in ((3, "RGB"), (1, "RGB"), (3, "L"), (1, "L"), (3, "RGBA"), (4, "RGB"), (3, "P")):
+        picture = to_pil_image(noise_image(chans, 3, 40, 36)).convert(mode)
+        whole, part = common.cut(picture, chans), common.cut(picture, chans, (5, 7, 20, 11))
+        assert whole.shape == (chans, 40, 36) and torch.equal(part, whole[:, 5:25, 7:18])
+        assert torch.equal(common.cut(whole, chans, (5, 7, 20, 11)), part)
 
 
 # -- shapes ---------------------------------------------------------------------------------------------
