@@ -167,11 +167,11 @@ def rotation(coordinates, table):
 
 
 def rotate(x, rope):
-    """Rotary embedding over the whole head: x [B, heads, T, d]. A channel's partner is half a head away, so one of the two
+    """Rotary embedding over the whole head: x [..., B, heads, T, d]. A channel's partner is half a head away, so one of the two
     turns with the row and the other with the column: the authors' choice, not the usual rotation of a plane."""
     cos, sin = (t.to(x.dtype) for t in rope)
     a, b = x.chunk(2, -1)
-    return x * cos + torch.cat([b, a], -1) * sin
+    return torch.addcmul(x * cos, torch.cat([b, a], -1), sin)
 
 
 def over_ranks(x, op):
@@ -219,15 +219,16 @@ class Attention(nn.Module):
         self.q_proj, self.k_proj, self.v_proj, self.proj = (nn.Linear(dim, dim, bias=False) for _ in range(4))
 
     def forward(self, x, rope, context=None, context_rope=None):  # [B, Q, D], and [B, T, D] -> [B, Q, D]
-        def project(x, *layers):  # in one product, which is faster -> each [B, heads, T, d]
+        def project(x, *layers):  # in one product, which is faster -> [layers, B, heads, T, d]
             x = F.linear(x, torch.cat([layer.weight for layer in layers]))
             return x.unflatten(-1, (len(layers), self.heads, -1)).permute(2, 0, 3, 1, 4)
         if context is None:
-            q, k, v = project(x, self.q_proj, self.k_proj, self.v_proj)
+            qkv = project(x, self.q_proj, self.k_proj, self.v_proj)
+            (q, k), v = rotate(qkv[:2], rope), qkv[2]
         else:
-            q, (k, v) = project(x, self.q_proj)[0], project(context, self.k_proj, self.v_proj)
-        k = rotate(k, rope if context is None else context_rope)
-        return self.proj(attend(rotate(q, rope), k, v).transpose(1, 2).flatten(2))
+            (q,), (k, v) = project(x, self.q_proj), project(context, self.k_proj, self.v_proj)
+            q, k = rotate(q, rope), rotate(k, context_rope)
+        return self.proj(attend(q, k, v).transpose(1, 2).flatten(2))
 
 
 class Block(nn.Module):
