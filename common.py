@@ -82,9 +82,9 @@ class Attention(nn.Module):
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias]) if hasattr(self, "q_bias") else self.qkv.bias
         return F.linear(x, self.qkv.weight, bias).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
 
-    def forward(self, x, silent=0):  # [B, T, D] -> [B, T - silent, D]: the first `silent` tokens are looked at and do not look
+    def forward(self, x, keys_only=0):  # [B, T, D] -> [B, T - keys_only, D]: the first ones are keys and values, no queries
         q, k, v = self.project(x)
-        return self.proj(attend(q[:, :, silent:], k, v).transpose(1, 2).flatten(2))
+        return self.proj(attend(q[:, :, keys_only:], k, v).transpose(1, 2).flatten(2))
 
 
 class Mlp(nn.Module):
@@ -144,6 +144,12 @@ class PatchEmbed(nn.Module):
 
     def forward(self, patches):  # [B, N, P] -> [B, N, D]
         return F.linear(patches, self.proj.weight.permute(0, 2, 3, 1).flatten(1), self.proj.bias)
+
+
+def check_decoder(dim, heads):
+    """What the flags of a decoder cannot be, by their names."""
+    if dim % heads or dim % 4:
+        raise BadInput(f"--decoder-dim {dim} has to be a multiple of --decoder-heads {heads}, and of 4 for its positions")
 
 
 def xavier_init(model):
@@ -791,7 +797,7 @@ SHARED = {  # the flags that all five methods have: group, help, choices
     "warmup_epochs": ("training", "passes until the rate has risen to its peak"),
     "base_lr": ("training", "rate per 256 images: the rate used is base_lr * batch_size / 256"),
     "betas": ("training", "AdamW's averaging of gradients and of their squares"),
-    "weight_decay": ("training", "AdamW's decay of matrices; biases and norms have none"),
+    "weight_decay": ("training", "AdamW's decay of matrices; a method's file says what else has some, or none"),
     "clip_grad": ("training", "largest gradient norm; 0 is no limit"),
     "seed": ("training", "all randomness follows from it"),
     "device": ("run", "where to compute", ("auto", "cpu", "cuda", "mps")),
@@ -826,7 +832,7 @@ def parse_args(Config, doc="", argv=None):
     """The dataclass as flags: --dashes-for-underscores, --no-x for a switch, several values for a tuple."""
     parser = Parser(description=doc.strip().split("\n\n")[0], allow_abbrev=False,
                     formatter_class=functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=34, width=110),
-                    epilog="exit status: 0 done, 1 the loss was not finite, 2 bad input, 128 + n stopped by signal n (saved)")
+                    epilog="exit status: 0 done, 1 the loss or its gradient was not finite, 2 bad input, 128 + n stopped by signal n (saved)")
     types = typing.get_type_hints(Config)
     groups = {name: parser.add_argument_group(title) for name, title in {
         "own": "the method" if "model" in types else "what to do", "model": "model", "data": "data", "training": "training",
@@ -1340,7 +1346,7 @@ def warn_of_trouble(run, values):
         run.warn("collapse", "the pooled features of different images are all but the same (effective rank "
                  f"{rank:.2f}, spread {feature_std:.1e})")
     if target_std < 0.02:
-        run.warn("collapse of the targets", f"the teacher says the same of every patch (target_std {target_std:.1e})")
+        run.warn("collapse of the targets", f"what is to be predicted is all but the same for every patch (target_std {target_std:.1e})")
 
 
 def spread(tokens):

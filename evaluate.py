@@ -581,7 +581,9 @@ def evaluate(cfg):
                     "pool": cfg.pool, "layer": cfg.layer, "data": mcfg.data, "train": len(sets[0]), "test": len(sets[1]),
                     "test_set": "every tenth of the training set" if cfg.held_out else "its own",
                     "img_size": pair(mcfg.img_size), "crop": f"centre, {sets[1].margin} of the shorter side", "seed": cfg.seed,
-                    "knn": "cosine, k 1 and 20, votes exp(cosine / 0.07)", "grid": f"rates {RATES}, decays {DECAYS}",
+                    "limit": cfg.limit or "none; attentive 4096, seg- 1024", "knn": "cosine, features as they are, k 1 and 20, "
+                    "votes exp(cosine / 0.07)", "heads": f"on standardised features, {cfg.epochs} epochs, rates {RATES}, "
+                    f"decays {DECAYS}",
                     "amp": str(run.amp), "torch": torch.__version__}
         path = folder / f"{Path(cfg.checkpoint).stem}.eval.json"
         with writing(path):

@@ -29,7 +29,8 @@ same. They show a collapse long before the loss does: s(target) near 1 means tha
 patch. Healthy is s(pred) and s(visible) following s*, and s(target) well below 1.
 
 Differs from the authors' program: the gradient is clipped at norm 1 unless --clip-grad 0; the last incomplete batch of
-an epoch is not dropped; a visible share instead of a count, so that small grids work. The numbers are the same.
+an epoch is not dropped; a visible share instead of a count, so that small grids work. The numbers are the same. (s is a
+mean over the images of a step, of all processes; with --accum over those of a micro-batch.)
 """
 
 import copy
@@ -46,7 +47,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from common import (MODELS, Attention, BadInput, Block, LayerNorm, Log, Mlp, PatchEmbed, attend,
-                    check_health, cosine, count_blocks, denormalise, draw, eval_batches,
+                    check_decoder, check_health, cosine, count_blocks, denormalise, draw, eval_batches,
                     find_resume, flag, gather, load_data, load_run, load_strictly, main, of_all_processes, param_groups,
                     patch_grid, patchify, pca_colours, random_mask, raw_pixels, resize_positions,
                     save_picture, sincos_2d, split_ids, spread, start, train_batches, update_ema,
@@ -54,7 +55,7 @@ from common import (MODELS, Attention, BadInput, Block, LayerNorm, Log, Mlp, Pat
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Config: the paper's constants; the scale (model, image, batch, epochs) is the quick demo's
+# Config: the method's own, then what all five share. Values are the quick demo's; the help says where the paper's differ
 # ---------------------------------------------------------------------------------------------------------------
 
 @dataclasses.dataclass(frozen=True)
@@ -127,8 +128,6 @@ def random_offsets(noise, gap):
 class CrossAttention(nn.Module):
     def __init__(self, dim, heads):
         super().__init__()
-        if dim % heads:
-            raise BadInput(f"--decoder-heads {heads} does not divide --decoder-dim {dim}")
         self.heads = heads
         self.q_proj, self.kv_proj, self.proj = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim), nn.Linear(dim, dim)
 
@@ -190,7 +189,7 @@ class Projector(nn.Module):
         return self.norm2(self.linear2(x))
 
 
-def places(grid):
+def axes_of(grid):
     """Coordinates of rows and of columns: 0..G inclusive on G points, not 0..G-1."""
     return [torch.linspace(0, 1, n) * n for n in grid]
 
@@ -202,7 +201,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.patch_embed = PatchEmbed(patch_size, in_chans, dim)
-        self.register_buffer("pos_embed", F.pad(sincos_2d(dim, *places(grid)), (0, 0, 1, 0)))  # [1, 1 + N, D], CLS row zero
+        self.register_buffer("pos_embed", F.pad(sincos_2d(dim, *axes_of(grid)), (0, 0, 1, 0)))  # [1, 1 + N, D], CLS row zero
         self.blocks = nn.Sequential(*[Block(dim, heads) for _ in range(depth)])
         self.norm = LayerNorm(dim)
         self.head = Projector(dim, proj_dim)
@@ -221,7 +220,7 @@ class Decoder(nn.Module):
         self.embed = nn.Linear(dim, width)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
-        self.register_buffer("pos_embed", F.pad(sincos_2d(width, *places(grid)), (0, 0, 1, 0)))
+        self.register_buffer("pos_embed", F.pad(sincos_2d(width, *axes_of(grid)), (0, 0, 1, 0)))
         self.blocks = nn.ModuleList([CrossBlock(width, heads) for _ in range(depth)])
         self.norm = LayerNorm(width)
         self.head = nn.Linear(width, dim)
@@ -246,6 +245,7 @@ class LatentMIM(nn.Module):
                  decoder_depth=3, decoder_heads=16, num_visible=20, proj_dim=4096, gap=0, tau=0.2, sim_coeff=0.1,
                  sim_target=0.25, loss="patch"):
         super().__init__()
+        check_decoder(decoder_dim, decoder_heads)
         self.grid, self.patch_size, self.gap = patch_grid(img_size, patch_size), patch_size, gap
         self.tau, self.sim_coeff, self.sim_target, self.loss = tau, sim_coeff, sim_target, loss
         self.num_patches, self.num_visible = self.grid[0] * self.grid[1], num_visible  # N, V
@@ -400,6 +400,7 @@ def train(cfg):
             began = time.perf_counter()
             images = next(stream)  # [m, C, H, W]
             waited += time.perf_counter() - began
+            # drawn for the global batch, of which some rows are ours: no mask depends on the number of processes
             noise = draw((cfg.batch_size, model.num_patches), run.device, "mask", cfg.seed, step)
             mask = random_mask(noise[run.rows(cfg, micro)], model.num_patches - model.num_visible)
             noise = draw((cfg.batch_size, model.num_patches, 2), run.device, "offsets", cfg.seed, step)
@@ -416,7 +417,7 @@ def train(cfg):
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        bad += ~values[0].isfinite()  # counted on the device, so that no step waits for it
+        bad += ~(values[0].isfinite() & (grad_norm.isfinite() | scaler.is_enabled()))  # counted on the device: no step waits
         bar.update(cfg.batch_size)
 
         save = step % steps(cfg.save_every) == 0 or step == total
@@ -427,8 +428,8 @@ def train(cfg):
                 [*values, grad_norm, bad, bad.new_tensor(float(run.signal > 0))])).tolist()
             if bad_steps:
                 last = Path(cfg.out, "last.pt")
-                run.say(f"error: the loss is not finite since step {step + 1 - math.ceil(bad_steps)} (now lr {lr:.3g}, "
-                        f"gradient norm {norm:.3g}); " + (f"{last} is the last good checkpoint, untouched" if last.exists()
+                run.say(f"error: the loss or its gradient is not finite since step {step + 1 - math.ceil(bad_steps)} (now lr "
+                        f"{lr:.3g}, gradient norm {norm:.3g}); " + (f"{last} is the last good checkpoint, untouched" if last.exists()
                         else "no checkpoint had been saved yet"), sys.stderr)
                 return 1
             seconds, images_seen = time.perf_counter() - clock, (step - logged) * cfg.batch_size

@@ -37,14 +37,14 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from common import (MODELS, BadInput, Block, LayerNorm, Log, PatchEmbed, check_health, count_blocks, denormalise, draw,
+from common import (MODELS, BadInput, Block, LayerNorm, Log, PatchEmbed, check_decoder, check_health, count_blocks, denormalise, draw,
                     eval_batches, find_resume, flag, gather, load_data, load_run, load_strictly, main, param_groups, patch_grid,
                     patchify, random_mask, raw_pixels, resize_positions, restore, save_picture, sincos_2d, split_ids,
-                    start, train_batches, unpatchify, usual_heads, warmup_cosine, warn_of_trouble, xavier_init)
+                    spread, start, train_batches, unpatchify, usual_heads, warmup_cosine, warn_of_trouble, xavier_init)
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Config: the paper's constants; the scale (model, image, batch, epochs) is the quick demo's
+# Config: the method's own, then what all five share. Values are the quick demo's; the help says where the paper's differ
 # ---------------------------------------------------------------------------------------------------------------
 
 @dataclasses.dataclass(frozen=True)
@@ -108,23 +108,24 @@ class MAE(nn.Module):
     def __init__(self, img_size=224, patch_size=16, in_chans=3, dim=768, depth=12, heads=12, decoder_dim=512,
                  decoder_depth=8, decoder_heads=16, mask_ratio=0.75, norm_pix=True):
         super().__init__()
+        check_decoder(decoder_dim, decoder_heads)
         self.grid, self.patch_size, self.norm_pix = patch_grid(img_size, patch_size), patch_size, norm_pix
         self.num_patches = self.grid[0] * self.grid[1]  # N
         self.num_visible = int(self.num_patches * (1 - mask_ratio)) if 0 < mask_ratio < 1 else 0  # V
         if not 0 < self.num_visible < self.num_patches:
             raise BadInput(f"--mask-ratio {mask_ratio} leaves {self.num_visible} of {self.num_patches} patches visible; "
                            "at least one must be, and one masked")
-        places = [torch.arange(float(n)) for n in self.grid]
+        axes = [torch.arange(float(n)) for n in self.grid]
 
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.patch_embed = PatchEmbed(patch_size, in_chans, dim)
-        self.register_buffer("pos_embed", F.pad(sincos_2d(dim, *places), (0, 0, 1, 0)))  # [1, 1 + N, D], CLS row zero
+        self.register_buffer("pos_embed", F.pad(sincos_2d(dim, *axes), (0, 0, 1, 0)))  # [1, 1 + N, D], CLS row zero
         self.blocks = nn.Sequential(*[Block(dim, heads) for _ in range(depth)])
         self.norm = LayerNorm(dim)
 
         self.decoder_embed = nn.Linear(dim, decoder_dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_dim))
-        self.register_buffer("decoder_pos_embed", F.pad(sincos_2d(decoder_dim, *places), (0, 0, 1, 0)))
+        self.register_buffer("decoder_pos_embed", F.pad(sincos_2d(decoder_dim, *axes), (0, 0, 1, 0)))
         self.decoder_blocks = nn.Sequential(*[Block(decoder_dim, decoder_heads) for _ in range(decoder_depth)])
         self.decoder_norm = LayerNorm(decoder_dim)
         self.decoder_pred = nn.Linear(decoder_dim, patch_size**2 * in_chans)
@@ -136,7 +137,7 @@ class MAE(nn.Module):
         nn.init.normal_(self.mask_token, std=0.02)
 
     def encode_visible(self, patches, ids_visible):  # [B, N, P], [B, V] -> [B, 1 + V, D]
-        # Positions go in before the masked patches drop out; here both are dropped first, which is the same and cheaper.
+        # The paper adds positions to all patches, then drops the masked ones; to embed only the visible is the same, cheaper.
         x = self.patch_embed(gather(patches, ids_visible)) + gather(self.pos_embed[:, 1:], ids_visible)  # [B, V, D]
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1)
         return self.norm(self.blocks(x))
@@ -162,7 +163,7 @@ class MAE(nn.Module):
         target = standardise(target)[0] if self.norm_pix else target
         loss = pixel_loss(pred, target)
         with torch.no_grad():  # a loss says little alone: the mean predictor's loss is the mark to be under
-            logs = {"loss_of_mean": target.var(unbiased=False), "pred_std": pred.float().std(), "target_std": target.std()}
+            logs = {"loss_of_mean": target.var(unbiased=False), "pred_std": spread(pred), "target_std": spread(target)}
         return loss, logs
 
     def encode(self, images):
@@ -292,6 +293,7 @@ def train(cfg):
             began = time.perf_counter()
             images = next(stream)  # [m, C, H, W]
             waited += time.perf_counter() - began
+            # drawn for the global batch, of which some rows are ours: no mask depends on the number of processes
             noise = draw((cfg.batch_size, model.num_patches), run.device, "mask", cfg.seed, step)
             mask = random_mask(noise[run.rows(cfg, micro)], model.num_patches - model.num_visible)
             if run.world > 1:  # gradients travel once, with the last micro-batch
@@ -306,7 +308,7 @@ def train(cfg):
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        bad += ~values[0].isfinite()  # counted on the device, so that no step waits for it
+        bad += ~(values[0].isfinite() & (grad_norm.isfinite() | scaler.is_enabled()))  # counted on the device: no step waits
         bar.update(cfg.batch_size)
 
         save = step % steps(cfg.save_every) == 0 or step == total
@@ -317,8 +319,8 @@ def train(cfg):
                 [*values, grad_norm, bad, bad.new_tensor(float(run.signal > 0))])).tolist()
             if bad_steps:
                 last = Path(cfg.out, "last.pt")
-                run.say(f"error: the loss is not finite since step {step + 1 - math.ceil(bad_steps)} (now lr {lr:.3g}, "
-                        f"gradient norm {norm:.3g}); " + (f"{last} is the last good checkpoint, untouched" if last.exists()
+                run.say(f"error: the loss or its gradient is not finite since step {step + 1 - math.ceil(bad_steps)} (now lr "
+                        f"{lr:.3g}, gradient norm {norm:.3g}); " + (f"{last} is the last good checkpoint, untouched" if last.exists()
                         else "no checkpoint had been saved yet"), sys.stderr)
                 return 1
             seconds, images_seen = time.perf_counter() - clock, (step - logged) * cfg.batch_size
@@ -326,6 +328,7 @@ def train(cfg):
             log.write(step=step, images=step * cfg.batch_size, lr=lr, **dict(zip(names, values)), grad_norm=norm,
                       images_per_s=images_seen / seconds, data_wait=waited / seconds)
             bar.set_postfix(loss=f"{values[0]:.4f}", lr=f"{lr:.2e}")
+            warn_of_trouble(run, dict(zip(names, values)))
             run.warn_if_data_bound(waited / seconds)
             if evaluate:
                 look(step)

@@ -47,7 +47,7 @@ import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from common import (MODELS, BadInput, Block, Log, PatchEmbed, check_health, count_blocks,
+from common import (MODELS, BadInput, Block, Log, PatchEmbed, check_decoder, check_health, count_blocks,
                     denormalise, draw, eval_batches, find_resume, flag, gather, linear, load_data, load_run,
                     load_strictly, main, param_groups, patch_grid, patchify, pca_colours,
                     random_mask, raw_pixels, resize_positions, restore, save_picture, sincos_2d, split_ids,
@@ -56,7 +56,7 @@ from common import (MODELS, BadInput, Block, Log, PatchEmbed, check_health, coun
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Config: the paper's constants; the scale (model, image, batch, epochs) is the quick demo's
+# Config: the method's own, then what all five share. Values are the quick demo's; the help says where the paper's differ
 # ---------------------------------------------------------------------------------------------------------------
 
 @dataclasses.dataclass(frozen=True)
@@ -156,6 +156,7 @@ class PiLaMIM(nn.Module):
                  decoder_depth=6, decoder_heads=12, mask_ratio=0.75, pixel_weight=1.0, latent_weight=1.0, cls_weight=1.0,
                  init="torch"):
         super().__init__()
+        check_decoder(decoder_dim, decoder_heads)
         self.grid, self.patch_size = patch_grid(img_size, patch_size), patch_size
         self.weights = pixel_weight, latent_weight, cls_weight
         self.num_patches = self.grid[0] * self.grid[1]  # N
@@ -194,19 +195,20 @@ class PiLaMIM(nn.Module):
         latent = self.encoder(gather(patches, ids_visible), gather(self.encoder.pos_embed, ids_visible))  # [B, 1 + V, D]
         with torch.no_grad():
             target = self.teacher(patches, self.teacher.pos_embed)  # [B, 1 + N, D]
-        target_cls, target = target[:, 0], gather(target[:, 1:], ids_masked)  # [B, D], [B, M, D]: in the same order as
-        _, pixels = self.decoder(latent, ids_visible, ids_masked)  # the predictions
+        target_cls, target_latents = target[:, 0], gather(target[:, 1:], ids_masked)  # [B, D], [B, M, D]
+        target_pixels = gather(patches, ids_masked)  # [B, M, P]
+        # Both decoders give the visible places first, then the masked in the order of ids_masked: the same patch meets.
+        _, pixels = self.decoder(latent, ids_visible, ids_masked)
         cls, latents = self.latent_decoder(latent, ids_visible, ids_masked)
-
-        hidden = gather(patches, ids_masked)  # [B, M, P]
-        pixel_loss = squared_error(pixels[:, num_visible:], hidden)
-        latent_loss = squared_error(latents[:, num_visible:], target)
-        cls_loss = squared_error(cls, target_cls)
+        pixel_loss = squared_error(pixels[:, num_visible:], target_pixels)  # L_pixel
+        latent_loss = squared_error(latents[:, num_visible:], target_latents)  # L_latent
+        cls_loss = squared_error(cls, target_cls)  # L_cls
         losses = torch.stack([pixel_loss, latent_loss, cls_loss])
         loss = sum(weight * part for weight, part in zip(self.weights, losses))
         with torch.no_grad():
             logs = {"pixel_loss": losses[0], "latent_loss": losses[1], "cls_loss": losses[2], "loss_of_mean":
-                    hidden.var(unbiased=False), "pred_std": spread(latents[:, num_visible:]), "target_std": spread(target)}
+                    target_pixels.var(unbiased=False), "pred_std": spread(latents[:, num_visible:]), "target_std":
+                    spread(target_latents)}
         return loss, {name: value.detach() for name, value in logs.items()}
 
     def encode(self, images):
@@ -333,6 +335,7 @@ def train(cfg):
             began = time.perf_counter()
             images = next(stream)  # [m, C, H, W]
             waited += time.perf_counter() - began
+            # drawn for the global batch, of which some rows are ours: no mask depends on the number of processes
             noise = draw((cfg.batch_size, model.num_patches), run.device, "mask", cfg.seed, step)
             mask = random_mask(noise[run.rows(cfg, micro)], model.num_patches - model.num_visible)
             if run.world > 1:  # gradients travel once, with the last micro-batch
@@ -348,7 +351,7 @@ def train(cfg):
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
         update_ema(model.teacher, model.encoder, linear(step - 1, total, *cfg.ema))
-        bad += ~values[0].isfinite()  # counted on the device, so that no step waits for it
+        bad += ~(values[0].isfinite() & (grad_norm.isfinite() | scaler.is_enabled()))  # counted on the device: no step waits
         bar.update(cfg.batch_size)
 
         save = step % steps(cfg.save_every) == 0 or step == total
@@ -359,8 +362,8 @@ def train(cfg):
                 [*values, grad_norm, bad, bad.new_tensor(float(run.signal > 0))])).tolist()
             if bad_steps:
                 last = Path(cfg.out, "last.pt")
-                run.say(f"error: the loss is not finite since step {step + 1 - math.ceil(bad_steps)} (now lr {lr:.3g}, "
-                        f"gradient norm {norm:.3g}); " + (f"{last} is the last good checkpoint, untouched" if last.exists()
+                run.say(f"error: the loss or its gradient is not finite since step {step + 1 - math.ceil(bad_steps)} (now lr "
+                        f"{lr:.3g}, gradient norm {norm:.3g}); " + (f"{last} is the last good checkpoint, untouched" if last.exists()
                         else "no checkpoint had been saved yet"), sys.stderr)
                 return 1
             seconds, images_seen = time.perf_counter() - clock, (step - logged) * cfg.batch_size

@@ -31,7 +31,7 @@ Cost at ViT-B/16, 224 pixels, one image, by torch's counter and the sum of what 
 `python tests/benchmark.py --cost`): with HOG 108 GFLOP and 71 MiB, its baseline 105 and 66; with dVAE 107 and 79 (without the
 tokenizer), its baseline 108 and 76. Weights, gradients and averages are 2.7 GB beside 1.4: there are two stacks to train.
 
-HOG's cells are 8 pixels. A patch size that is no multiple of 8 has cells of its own size, above 8 of half of it.
+HOG's cells are 8 pixels. A patch size that is no multiple of 8 has cells of its own size, above 8 of half of it where it is even.
 
 Differs from the authors' program: the last incomplete batch of an epoch is not dropped; jitter is brightness, contrast,
 saturation in this order. Its attention has q and kv apart, here they are one matrix. The numbers are the same.
@@ -59,7 +59,7 @@ from common import (MODELS, BadInput, Block, LayerNorm, Log, PatchEmbed, check_h
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Config: the recipes of the two targets; the scale (model, image, batch, epochs) is the quick demo's
+# Config: the method's own, then what all five share. The recipes are the papers', the scale is the quick demo's
 # ---------------------------------------------------------------------------------------------------------------
 
 RECIPES = {  # where HOG (after MaskFeat) and dVAE (after BEiT) differ. A flag that is left at -1, or empty, is filled from here
@@ -122,7 +122,7 @@ def with_recipe(cfg):
     """The Config with its open values taken from the recipe of its target."""
     recipe = RECIPES[cfg.target] | (RECIPES["baseline"] if cfg.baseline else {})
     cfg = dataclasses.replace(cfg, **{k: v for k, v in recipe.items() if getattr(cfg, k) in (-1, ())})
-    for name in ("mask_ratio", "jitter", "drop_path", "last_lr"):
+    for name in ("mask_ratio", "jitter", "drop_path", "last_lr", "clip_grad"):
         if getattr(cfg, name) < 0:
             raise BadInput(f"--{name.replace('_', '-')} {getattr(cfg, name)} is neither -1 (the target's own) nor from 0 up")
     if cfg.in_chans != 3 and (cfg.jitter or cfg.target == "dvae"):
@@ -142,18 +142,18 @@ def hog_cell(p):
 def hog_target(images, p, bins=9):
     """Histograms of oriented gradients after MaskFeat: normalised images [B, C, H, W] -> [B, N, C * bins * cells], each
     cell's histogram of length 1; in a patch (channel, bin) come first, then the row and column of the cell."""
-    cell, chans = hog_cell(p), images.shape[1]
-    steps = torch.arange(3.0, device=images.device)
-    kernel = torch.outer(2 - (steps - 1).abs(), 1 - steps)  # rows (1, 0, -1), (2, 0, -2), (1, 0, -1)
-    kernel = torch.stack([kernel, kernel.T])[:, None].repeat(chans, 1, 1, 1)  # [C * 2, 1, 3, 3]
-    gradient = F.conv2d(F.pad(images.float(), (1, 1, 1, 1), "reflect"), kernel, groups=chans)
-    gx, gy = gradient.unflatten(1, (chans, 2)).unbind(2)  # each [B, C, H, W]
-    bin = (torch.atan2(gx, gy) / math.pi * bins).floor() % bins
+    cell, x = hog_cell(p), F.pad(images.float(), (1, 1, 1, 1), "reflect")
+    # Rows (1, 0, -1), (2, 0, -2), (1, 0, -1) and their transpose: a difference one way, (1, 2, 1) the other. Written out,
+    # since GPUs round the products of a convolution to 10 bits.
+    gx, gy = x[..., :-2] - x[..., 2:], x[..., :-2, :] - x[..., 2:, :]
+    gx = gx[..., :-2, :] + 2 * gx[..., 1:-1, :] + gx[..., 2:, :]  # [B, C, H, W]
+    gy = gy[..., :-2] + 2 * gy[..., 1:-1] + gy[..., 2:]
+    angle = (torch.atan2(gx, gy) / math.pi * bins).floor() % bins  # 0..bins-1
     window = torch.exp(-(torch.arange(2 * cell, device=images.device) - cell + 0.5).square() / (2 * cell**2))  # 2 cells wide
     window = window / window.sum()
     rows, columns = (window[torch.arange(n, device=images.device) % (2 * cell)] for n in images.shape[2:])
     strength = torch.hypot(gx, gy) * rows[:, None] * columns
-    histogram = torch.stack([F.avg_pool2d(strength * (bin == b), cell) for b in range(bins)], 2)  # [B, C, bins, H/cell, W/cell]
+    histogram = torch.stack([F.avg_pool2d(strength * (angle == b), cell) for b in range(bins)], 2)  # [B, C, bins, H/cell, W/cell]
     histogram = F.normalize(histogram * cell**2, dim=2).flatten(1, 2)
     per = p // cell
     x = histogram.unflatten(3, (-1, per)).unflatten(2, (-1, per))  # [B, C * bins, gh, per, gw, per]
@@ -224,8 +224,22 @@ class ReconstructionBlock(Block):
 
     def forward(self, masks, proxies):
         both = self.norm1(torch.cat([proxies, masks], 1))
-        x = masks + self.drop_path1(self.ls1(self.attn(both, silent=proxies.shape[1])))
+        x = masks + self.drop_path1(self.ls1(self.attn(both, keys_only=proxies.shape[1])))
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Losses
+# ---------------------------------------------------------------------------------------------------------------
+
+def hog_loss(pred, target):
+    """Plain mean squared error over the masked places: [B, M, .] twice -> scalar."""
+    return (pred - target).square().mean()
+
+
+def token_loss(pred, ids):
+    """Cross-entropy to the tokens of the masked places: [B, M, vocab], [B, M] -> scalar."""
+    return F.cross_entropy(pred.flatten(0, 1), ids.flatten())
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -239,9 +253,9 @@ class SemanticMIM(nn.Module):
         self.grid, self.patch_size = patch_grid(img_size, patch_size), patch_size
         self.num_proxy, self.target, self.baseline = num_proxy, target, baseline  # K
         self.num_patches = self.grid[0] * self.grid[1]  # N
-        num_masked = min(math.ceil(mask_ratio * self.num_patches), self.num_patches - 1)  # on 2 x 2 one patch stays visible
+        num_masked = math.ceil(mask_ratio * self.num_patches) - (self.num_patches == 4 and mask_ratio > 0.75)  # all of 2 x 2
         self.num_visible = self.num_patches - num_masked  # V
-        if not 0 < mask_ratio < 1 or self.num_visible == self.num_patches:
+        if not 0 < mask_ratio < 1 or not 0 < self.num_visible < self.num_patches:
             raise BadInput(f"--mask-ratio {mask_ratio} of {self.num_patches} patches: at least one must be visible, and one "
                            "masked")
         if num_proxy < 1:
@@ -276,7 +290,7 @@ class SemanticMIM(nn.Module):
                 masks = self.extra_blocks[i](masks, x[:, :self.num_proxy])
         return x, masks
 
-    def proxies_and(self, patches, pos):  # [B, T, D], positions of proxies and of the patches [B or 1, K + N, D]
+    def with_proxies(self, patches, pos):  # [B, T, D], positions of proxies and of the patches [B or 1, K + N, D]
         return torch.cat([(self.cls_token + pos[:, :self.num_proxy]).expand(len(patches), -1, -1), patches], 1)
 
     def mask_latents(self, patches, ids_visible, ids_masked):  # [B, N, P] -> [B, M, D], after the final norm
@@ -284,9 +298,9 @@ class SemanticMIM(nn.Module):
         visible = self.patch_embed(gather(patches, ids_visible)) + gather(pos, ids_visible)  # [B, V, D]
         masks = self.mask_token + gather(pos, ids_masked)  # [B, M, D]
         if self.baseline:  # one stack, everything sees everything
-            x, _ = self.stacks(torch.cat([self.proxies_and(visible, self.pos_embed), masks], 1), None)
+            x, _ = self.stacks(torch.cat([self.with_proxies(visible, self.pos_embed), masks], 1), None)
             return self.norm(x[:, -masks.shape[1]:])
-        _, masks = self.stacks(self.proxies_and(visible, self.pos_embed), masks)
+        _, masks = self.stacks(self.with_proxies(visible, self.pos_embed), masks)
         return self.norm(masks)
 
     def forward(self, images, mask=None, num_visible=None, tokens=None):
@@ -301,18 +315,18 @@ class SemanticMIM(nn.Module):
         if self.target == "hog":
             with torch.autocast(images.device.type, enabled=False):  # angles in float32
                 target = gather(hog_target(images, self.patch_size), ids_masked)
-            loss = (pred - target).square().mean()
+            loss = hog_loss(pred, target)
             logs = {"loss_of_mean": target.var(unbiased=False), "pred_std": spread(pred), "target_std": spread(target)}
         else:
             target = tokens.gather(1, ids_masked)  # [B, M]
-            loss = F.cross_entropy(pred.flatten(0, 1), target.flatten())
+            loss = token_loss(pred, target)
             logs = {"accuracy": (pred.argmax(-1) == target).float().mean(), "pred_std": spread(pred)}
         return loss, logs
 
-    def tokens(self, images, blocks):  # before the final norm [B, K + N, D]
+    def compress(self, images, blocks):  # before the final norm [B, K + N, D]
         K = self.num_proxy
         pos = resize_positions(self.pos_embed, self.grid, patch_grid(images.shape[2:], self.patch_size))
-        x = self.proxies_and(self.patch_embed(patchify(images, self.patch_size)) + pos[:, K:], pos)
+        x = self.with_proxies(self.patch_embed(patchify(images, self.patch_size)) + pos[:, K:], pos)
         for block in blocks:
             x = block(x)
         return x
@@ -324,7 +338,7 @@ class SemanticMIM(nn.Module):
         training = self.training
         if training:  # drop path has no place here
             self.eval()
-        x = self.tokens(images, self.blocks)[:, self.num_proxy:]
+        x = self.compress(images, self.blocks)[:, self.num_proxy:]
         if training:
             self.train()
         return F.layer_norm(x.mean(1), x.shape[-1:], eps=1e-6), self.norm(x)
@@ -333,7 +347,7 @@ class SemanticMIM(nn.Module):
     def attention(self, images):
         """The last layer's attention, averaged over heads [B, K + N, K + N]: row i is where token i looks (Fig. 1)."""
         last, training = self.blocks[-1], self.training
-        q, k, _ = last.attn.project(last.norm1(self.eval().tokens(images, self.blocks[:-1])))
+        q, k, _ = last.attn.project(last.norm1(self.eval().compress(images, self.blocks[:-1])))
         self.train(training)
         return (q.float() @ k.float().mT / q.shape[-1] ** 0.5).softmax(-1).mean(1)
 
@@ -473,6 +487,7 @@ def train(cfg):
                 noise = draw((cfg.batch_size, 3), run.device, "jitter", cfg.seed, step)[run.rows(cfg, micro)]
                 images = normalise(255 * colour_jitter(denormalise(images, cfg), noise, cfg.jitter), cfg)
             tokens = tokenizer(denormalise(images, cfg), model.grid) if tokenizer else None  # [m, N]
+            # drawn for the global batch, of which some rows are ours: no mask depends on the number of processes
             noise = draw((cfg.batch_size, model.num_patches), run.device, "mask", cfg.seed, step)
             mask = random_mask(noise[run.rows(cfg, micro)], model.num_patches - model.num_visible)
             if run.world > 1:  # gradients travel once, with the last micro-batch
@@ -487,7 +502,7 @@ def train(cfg):
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        bad += ~values[0].isfinite()  # counted on the device, so that no step waits for it
+        bad += ~(values[0].isfinite() & (grad_norm.isfinite() | scaler.is_enabled()))  # counted on the device: no step waits
         bar.update(cfg.batch_size)
 
         save = step % steps(cfg.save_every) == 0 or step == total
@@ -498,8 +513,8 @@ def train(cfg):
                 [*values, grad_norm, bad, bad.new_tensor(float(run.signal > 0))])).tolist()
             if bad_steps:
                 last = Path(cfg.out, "last.pt")
-                run.say(f"error: the loss is not finite since step {step + 1 - math.ceil(bad_steps)} (now lr {lr:.3g}, "
-                        f"gradient norm {norm:.3g}); " + (f"{last} is the last good checkpoint, untouched" if last.exists()
+                run.say(f"error: the loss or its gradient is not finite since step {step + 1 - math.ceil(bad_steps)} (now lr "
+                        f"{lr:.3g}, gradient norm {norm:.3g}); " + (f"{last} is the last good checkpoint, untouched" if last.exists()
                         else "no checkpoint had been saved yet"), sys.stderr)
                 return 1
             seconds, images_seen = time.perf_counter() - clock, (step - logged) * cfg.batch_size

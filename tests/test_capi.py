@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 import capi
-from capi import (CAPI, Block, cross_entropy, cut_cosine, inverse_block, patch_coordinates, random_places,
+from capi import (CAPI, RotaryBlock, cross_entropy, cut_cosine, inverse_block, patch_coordinates, random_places,
                   register_coordinates, rename, rotary_table, rotate, rotation, sinkhorn, student_groups)
 from common import BadInput, patchify, random_mask, split_ids, unpatchify, update_ema
 from conftest import FIXTURES, ROOT, environment
@@ -466,7 +466,7 @@ def test_student_sees_the_visible_and_the_teacher_everything():
 
 def test_blocks_by_hand():
     """Cross-attention: q + attn(norm(q), context), then q + mlp(norm(q)); no norm on the context, no biases."""
-    block, q, context = Block(8, 1), torch.randn(1, 3, 8), torch.randn(1, 4, 8)
+    block, q, context = RotaryBlock(8, 1), torch.randn(1, 3, 8), torch.randn(1, 4, 8)
     torch.nn.init.normal_(block.norm1.weight)
     rope_q, rope_k = (rotation(torch.rand(1, n, 2), rotary_table(8)) for n in (3, 4))
     normed = q / (q.square().mean(-1, keepdim=True) + 1e-5).sqrt() * block.norm1.weight
@@ -507,20 +507,20 @@ def test_chunks_and_recomputing_change_nothing(monkeypatch):
 
 
 def test_drop_path():
-    block, x = Block(8, 1, drop_path=0.25), torch.randn(8, 3, 8)
+    block, x = RotaryBlock(8, 1, drop_path=0.25), torch.randn(8, 3, 8)
     rope, seen = rotation(torch.rand(1, 3, 2), rotary_table(8)), []
-    same = Block(8, 1)
+    same = RotaryBlock(8, 1)
     same.load_state_dict(block.state_dict())
     assert torch.equal(block.eval()(x, rope), same(x, rope))
     block.train().mlp = torch.nn.Identity()
     block.norm2, branch = torch.nn.Identity(), lambda t: (seen.append(len(t)), t)[1]
-    added = torch.stack([block.add(x, branch) - x for _ in range(2000)]).detach()
+    added = torch.stack([block.residual(x, branch) - x for _ in range(2000)]).detach()
     assert set(seen) == {6}  # 3/4 of 8: the rest is not even computed
     kept = (added != 0).flatten(2).any(-1)
     assert (kept.sum(1) == 6).all() and (kept.float().mean(0) - 0.75).abs().max() < 0.05
     torch.testing.assert_close(added[kept], (x * 8 / 6).expand(2000, -1, -1, -1)[kept])
     torch.testing.assert_close(added.mean(0), x, rtol=0.1, atol=0.01)  # the mean is kept
-    assert Block(8, 1, drop_path=0.99).add(x, branch).isfinite().all() and seen[-1] == 1  # at least one
+    assert RotaryBlock(8, 1, drop_path=0.99).residual(x, branch).isfinite().all() and seen[-1] == 1  # at least one
     student, teacher = (getattr(small(drop_path=0.2), part) for part in ("student", "teacher"))
     assert {b.drop_path for b in [*student.blocks, *student.predictor]} == {0.2}
     assert {b.drop_path for b in [*teacher.blocks, *teacher.predictor]} == {0}
@@ -528,7 +528,7 @@ def test_drop_path():
 
 def test_drop_path_keeps_an_images_rotation():
     """The rows that are kept keep their own coordinates and context."""
-    block, x, context = Block(8, 1, drop_path=0.5), torch.randn(6, 3, 8), torch.randn(6, 4, 8)
+    block, x, context = RotaryBlock(8, 1, drop_path=0.5), torch.randn(6, 3, 8), torch.randn(6, 4, 8)
     ropes = [rotation(torch.rand(6, n, 2), rotary_table(8)) for n in (3, 4)]
     block.mlp.fc2.weight.data.zero_()
     full = block.eval()(x, ropes[0], context, ropes[1]) - x
@@ -664,3 +664,14 @@ def test_chunks_train_the_clusters_under_autocast_too(monkeypatch):
             loss, _ = model(images)
         loss.backward()
         assert model.cluster_head.layer.weight.grad is not None and model.cluster_head.layer.weight.grad.any()
+
+
+def test_only_masked_places_are_predicted(monkeypatch):
+    """Also of a mask handed in that hides fewer patches than the model would."""
+    model, seen = CAPI(img_size=32, patch_size=4, dim=16, depth=1, heads=1, decoder_depth=1, registers=4, clusters=8,
+                       predict_share=1.0), []
+    monkeypatch.setattr(capi, "random_places", lambda *args: seen.append(random_places(*args)) or seen[-1])
+    mask = torch.zeros(2, 64, dtype=torch.bool)
+    mask[:, 5:15] = True
+    model(torch.randn(2, 3, 32, 32), mask)
+    assert [row.tolist() for row in seen[0]] == [list(range(5, 15))] * 2

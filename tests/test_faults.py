@@ -997,6 +997,9 @@ WRONG = [  # program, flags, what the one line has to say; in test_programs.py a
     ("latent_mim", "--tau inf", "--tau"),
     ("latent_mim", "--mask-ratio 0.5", "--mask-ratio"),  # MAE's
     ("semantic_mim", "--mask-ratio -0.5", "--mask-ratio -0.5"),
+    ("semantic_mim", "--mask-ratio 0.999", "--mask-ratio 0.999"), ("semantic_mim", "--clip-grad -0.9", "--clip-grad -0.9"),
+    *((method, "--decoder-heads 5", "--decoder-heads 5") for method in ("mae", "latent_mim", "pilamim")),
+    ("mae", "--decoder-dim 66", "--decoder-dim 66"),
     ("semantic_mim", "--num-proxy two", "--num-proxy.*two"),
     ("semantic_mim", "--jitter 0.4 --in-chans 1", "--in-chans 1.*--jitter"),
     ("semantic_mim", "--last-lr -2", "--last-lr"),

@@ -8,7 +8,7 @@ import torch
 import latent_mim
 from common import BadInput, cosine, patchify, random_mask, split_ids, unpatchify, update_ema
 from conftest import FIXTURES
-from latent_mim import LatentMIM, cell_crops, patch_discrimination, places, random_offsets, similarity
+from latent_mim import LatentMIM, axes_of, cell_crops, patch_discrimination, random_offsets, similarity
 
 SIZES = dict(img_size=32, patch_size=8, dim=32, depth=2, heads=2, decoder_dim=16, decoder_depth=2, decoder_heads=2,
              num_visible=4, proj_dim=24)
@@ -153,7 +153,7 @@ def test_offsets_handed_in_or_drawn():
 
 def test_positions_by_loops():
     model = small(dim=16, img_size=(24, 32))  # 3 x 4 patches
-    assert [t.tolist() for t in places((3, 4))] == [[0, 1.5, 3], pytest.approx([0, 4 / 3, 8 / 3, 4])]  # 0..G
+    assert [t.tolist() for t in axes_of((3, 4))] == [[0, 1.5, 3], pytest.approx([0, 4 / 3, 8 / 3, 4])]  # 0..G
     expected = torch.zeros(1 + 12, 16)  # CLS stays zero
     for n in range(12):
         row, column = n // 4 * 3 / 2, n % 4 * 4 / 3

@@ -25,7 +25,7 @@ import common
 import mae
 from common import MODELS, main, parse_args, read_checkpoint
 from conftest import (METHODS, MODULES, PICTURES, ROOT, TINY, environment, launch, losses, printed_commands, records,
-                      run_program, tiny, tiny_flags, write_images)
+                      run_program, tiny, tiny_flags, trained, write_images)
 
 each_method = pytest.mark.parametrize("method", METHODS)
 MORE_STEPS = ["--data", "shapes:80", "--epochs", "2", "--log-every", "1", "--eval-every", "0"]
@@ -560,27 +560,35 @@ def test_benchmark_knows_the_five(capsys, method):
 
 
 def test_readme_snippets(tmp_path, monkeypatch):
-    """The README's Python, with a small file in place of the authors' and random pictures."""
-    readme = (ROOT / "README.md").read_text()
+    """The README's Python: on a run's checkpoint, for all five, and with a small file in place of the authors'."""
+    run, released = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
+    monkeypatch.chdir(tmp_path)
+    for method in METHODS:
+        cfg = tiny(tmp_path / "runs" / method, method)
+        trained(cfg, method)
+        names = {"images": torch.randn(2, 3, 32, 32)}
+        exec(run.replace("from mae", f"from {method}").replace("runs/mae", f"runs/{method}"), names)
+        assert names["pooled"].shape == (2, 32) and names["patches"].shape == (2, 16, 32)
+        assert not names["model"].training and names["run"]["step"] == 2
     encoder = mae.MAE(img_size=224, patch_size=16, dim=64, depth=1, heads=1, decoder_dim=16, decoder_depth=1)
     state = {k: v for k, v in encoder.state_dict().items() if not k.startswith(("decoder", "mask_token"))}
     torch.save({"model": state}, tmp_path / "mae_pretrain_vit_base.pth")
-    monkeypatch.chdir(tmp_path)
-    snippets = re.findall(r"^```python\n(.*?)^```", readme, re.M | re.S)
-    assert snippets
-    for snippet in snippets:
-        names = {"images": torch.randn(2, 3, 224, 224)}
-        exec(snippet, names)
-        assert torch.equal(names["pooled"], encoder.encode(names["images"])[0])
+    names = {"images": torch.randn(2, 3, 224, 224)}
+    exec(released, names)
+    assert torch.equal(names["pooled"], encoder.encode(names["images"])[0])
 
 
-def test_readme_names_the_sizes_of_a_default_run():
-    """`MAE(...)` in the README's text takes the state dict of a run with default flags."""
-    calls = re.findall(r"`(MAE\(img_size=[^`]*\))`", (ROOT / "README.md").read_text())
-    assert calls
-    default = mae.build(dataclasses.replace(mae.Config(), patch_size=4))
-    for call in calls:
-        eval(call, {"MAE": mae.MAE}).load_state_dict(default.state_dict())
+def test_readme_tells_how_the_logs_end():
+    """The table of final losses is that of the logs beside it."""
+    rows = re.findall(r"^\| [\w ]+ \| `\w+` [\d.]+ \([\d.]+ to .*", (ROOT / "README.md").read_text(), re.M)
+    rows = dict(zip(METHODS, rows, strict=True))
+    for method, key in {"mae": "loss", "latent_mim": "patch_loss", "semantic_mim": "loss", "pilamim": "pixel_loss",
+                        "capi": "capi_loss"}.items():
+        log = [json.loads(line) for line in (ROOT / "docs" / "logs" / f"{method}.jsonl").read_text().splitlines()]
+        last = [r[key] for r in log if key in r][-10:]
+        mean, least, most = re.search(rf"`{key}` (\S+) \((\S+) to (\S+)\)", rows[method]).groups()
+        for told, true in ((mean, sum(last) / 10), (least, min(last)), (most, max(last))):
+            assert float(told) == pytest.approx(true, abs=0.6 * 10 ** -len(told.split(".")[1])), (method, key)
 
 
 @each_method

@@ -59,7 +59,7 @@ def test_fixture_loss_target_and_latents(fixture):
 def test_fixture_features(fixture):
     model, images = released(fixture), fixture["inputs"]["images"]
     close(model.encode(images)[1], fixture["outputs"]["features_patches"])
-    close(model.norm(model.tokens(images, model.blocks))[:, :model.num_proxy], fixture["outputs"]["features_proxy"])
+    close(model.norm(model.compress(images, model.blocks))[:, :model.num_proxy], fixture["outputs"]["features_proxy"])
 
 
 def test_fixture_gradients(fixture):
@@ -404,7 +404,7 @@ def test_attention_is_the_last_layers():
     assert torch.equal(maps, model.attention(images)) and model.training  # no branch dropped
     torch.testing.assert_close(maps.sum(-1), torch.ones(2, 19))
     model.eval()
-    x, attn = model.blocks[-1].norm1(model.tokens(images, model.blocks[:1])), model.blocks[-1].attn
+    x, attn = model.blocks[-1].norm1(model.compress(images, model.blocks[:1])), model.blocks[-1].attn
     wq, wk, _ = attn.qkv.weight.split(32)
     heads = [((x @ wq[h].T + attn.q_bias[h]) @ (x @ wk[h].T).mT / 4).softmax(-1) for h in (slice(0, 16), slice(16, 32))]
     torch.testing.assert_close(maps, (heads[0] + heads[1]).detach() / 2)

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import sys
@@ -15,6 +16,7 @@ import torch
 import torchvision
 from torchvision.transforms.functional import to_pil_image
 
+import capi
 import common
 import mae
 from common import BadInput, main, read_checkpoint
@@ -259,6 +261,33 @@ def test_a_loss_that_is_not_finite(tmp_path, monkeypatch, capsys, method, log_ev
     assert "not finite since step 3 " in out and "lr" in out and "gradient norm" in out and "last.pt" in out
     state = read_checkpoint(tmp_path / "last.pt")
     assert state["step"] == 2 and all(t.isfinite().all() for t in state["model"].values())
+
+
+@each_method
+def test_a_gradient_that_is_not_finite(tmp_path, monkeypatch, capsys, method):
+    """The loss is, so nothing shows in it before the step: the weights of that step must not be saved, be it the last."""
+    real = MODULES[method].build
+
+    def build(*args):
+        model, calls = real(*args), []
+        weight = [p for p in model.parameters() if p.requires_grad][-1]  # CAPI's is the clustering head's
+        weight.register_hook(lambda g: (calls.append(0), g * math.inf if len(calls) == 4 else g)[1])
+        return model
+    monkeypatch.setattr(MODULES[method], "build", build)
+    assert MODULES[method].train(tiny(tmp_path, method, epochs=2, save_every=1, log_every=20)) == 1  # step 4 is the last
+    assert "not finite since step 4 " in capsys.readouterr().err
+    state = read_checkpoint(tmp_path / "last.pt")
+    assert state["step"] == 2 and all(t.isfinite().all() for t in state["model"].values())
+
+
+@pytest.mark.parametrize("names, assign", [
+    (["collapse to one cluster", "all-equal assignments"], lambda x: torch.full_like(x, 1 / x.shape[-1])),
+    (["collapse to one cluster"], lambda x: (torch.arange(x.shape[-1]) == 0).float().expand_as(x)), ([], capi.sinkhorn)])
+def test_bad_clusters_are_named(tmp_path, monkeypatch, capsys, names, assign):
+    monkeypatch.setattr(capi, "sinkhorn", assign)
+    trained(tiny(tmp_path, "capi"), "capi")
+    told = re.findall("warning: (.*?):", capsys.readouterr().out)
+    assert [name for name in told if "cluster" in name or "assignments" in name] == names
 
 
 def test_a_disk_that_fills_up(tmp_path, monkeypatch):
