@@ -15,7 +15,7 @@ Left alone they would all become one, so the sorting is forced to be balanced (S
   What is evaluated is the teacher (`encode`).
 
   python capi.py                                            on pictures that common.py draws
-  python capi.py --data DIR --img-size 224 --patch-size 14 --model base     any folder of images
+  python capi.py --data DIR --img-size 96 --out runs/mine   any folder of images, the same small model
   torchrun --nproc_per_node 8 --nnodes 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 capi.py --data DIR --img-size 224 \
       --patch-size 14 --model large --batch-size 16384 --epochs 6394 --warmup-epochs 639 --base-lr 1.5625e-5 \
       --predictor-depth 12 --registers 16 --clusters 16384 --predict-share 0.05 --weight-decay 0.1 --ema 0.999 \
@@ -63,10 +63,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from common import (MODELS, BadInput, Log, Mlp, PatchEmbed, attend, check_health,
-                    count_blocks, denormalise, draw, eval_batches, find_resume, flag, gather,
-                    load_data, load_run, load_strictly, main, patch_grid, patchify, pca_colours, raw_pixels,
-                    save_picture, seed_of, split_ids, spread, start, train_batches, update_ema,
+from common import (MODELS, BadInput, Log, Mlp, PatchEmbed, attend, check_health, count_blocks, denormalise, draw,
+                    eval_batches, find_resume, flag, gather, load_data, load_run, load_strictly, main, patch_grid, patchify,
+                    pca_colours, raw_pixels, save_picture, seed_of, split_ids, spread, start, train_batches, update_ema,
                     usual_heads, warn_of_trouble)
 
 

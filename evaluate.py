@@ -34,10 +34,10 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from common import (READ_ERRORS, BadInput, DropPath, Order, Pixels, centre_box, check_ranges, denormalise, draw,
-                    eval_batches, features_of, find_images, flag, knn_predict, load_data, main, match_channels, normalise,
-                    pair, patch_grid, patchify, pca_colours, pixels_of, random_mask, raw_pixels, read_checkpoint,
-                    read_image, resize, save_picture, start, train_batches, warmup_cosine, writing)
+from common import (READ_ERRORS, BadInput, DropPath, Order, Pixels, centre_box, check_ranges, denormalise, draw, eval_batches,
+                    features_of, find_images, flag, knn_predict, load_data, main, match_channels, normalise, pair, patch_grid,
+                    patchify, pca_colours, pixels_of, random_mask, raw_pixels, read_checkpoint, read_image, resize,
+                    save_picture, start, train_batches, warmup_cosine, writing)
 
 METHODS = {  # method: (class, where the blocks of its encoder are)
     "mae": ("MAE", "blocks"), "latent_mim": ("LatentMIM", "encoder.blocks"), "semantic_mim": ("SemanticMIM", "blocks"),

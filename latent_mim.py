@@ -15,7 +15,7 @@ that a neighbour's edge gives nothing away; and the likeness of an image's token
   After training an image's feature is the mean of its patch tokens before the final norm (`encode`, g = 0).
 
   python latent_mim.py                                            on pictures that common.py draws
-  python latent_mim.py --data DIR --img-size 224 --model base     any folder of images
+  python latent_mim.py --data DIR --img-size 96 --out runs/mine   any folder of images, the same small model
   python latent_mim.py --loss l2 --ema 0 0 --sim-coeff 0          the naive variant (Fig. 3): watch it collapse
   torchrun --nproc_per_node 8 latent_mim.py --data DIR --img-size 224 --model base --batch-size 4096 --epochs 800 \
       --warmup-epochs 40 --base-lr 1.5e-4 --proj-dim 4096 --decoder-dim 512 --decoder-depth 3 --decoder-heads 16 --clip-grad 0
@@ -46,12 +46,11 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from common import (MODELS, Attention, BadInput, Block, LayerNorm, Log, Mlp, PatchEmbed, attend,
-                    check_decoder, check_health, cosine, count_blocks, denormalise, draw, eval_batches,
-                    find_resume, flag, gather, load_data, load_run, load_strictly, main, of_all_processes, param_groups,
-                    patch_grid, patchify, pca_colours, random_mask, raw_pixels, resize_positions,
-                    save_picture, sincos_2d, split_ids, spread, start, train_batches, update_ema,
-                    usual_heads, warmup_cosine, warn_of_trouble, xavier_init)
+from common import (MODELS, Attention, BadInput, Block, LayerNorm, Log, Mlp, PatchEmbed, attend, check_decoder, check_health,
+                    cosine, count_blocks, denormalise, draw, eval_batches, find_resume, flag, gather, load_data, load_run,
+                    load_strictly, main, of_all_processes, param_groups, patch_grid, patchify, pca_colours, random_mask,
+                    raw_pixels, resize_positions, save_picture, sincos_2d, split_ids, spread, start, train_batches,
+                    update_ema, usual_heads, warmup_cosine, warn_of_trouble, xavier_init)
 
 
 # ---------------------------------------------------------------------------------------------------------------

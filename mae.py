@@ -12,7 +12,7 @@ is in the loss, so what the encoder knows of an image it knows because the hidde
   After training the decoder is thrown away; an image's feature is CLS after the final norm (`encode`).
 
   python mae.py                                            on pictures that common.py draws; see the result below
-  python mae.py --data DIR --img-size 224 --model base     any folder of images
+  python mae.py --data DIR --img-size 96 --out runs/mine   any folder of images, the same small model
   torchrun --nproc_per_node 8 mae.py --data DIR --img-size 224 --model base --batch-size 4096 --epochs 800 \
       --warmup-epochs 40 --base-lr 1.5e-4 --decoder-dim 512 --decoder-depth 8 --decoder-heads 16 --clip-grad 0
                                                            the paper's ImageNet recipe (Table 8); not run at that scale
@@ -37,10 +37,11 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from common import (MODELS, BadInput, Block, LayerNorm, Log, PatchEmbed, check_decoder, check_health, count_blocks, denormalise, draw,
-                    eval_batches, find_resume, flag, gather, load_data, load_run, load_strictly, main, param_groups, patch_grid,
-                    patchify, random_mask, raw_pixels, resize_positions, restore, save_picture, sincos_2d, split_ids,
-                    spread, start, train_batches, unpatchify, usual_heads, warmup_cosine, warn_of_trouble, xavier_init)
+from common import (MODELS, BadInput, Block, LayerNorm, Log, PatchEmbed, check_decoder, check_health, count_blocks,
+                    denormalise, draw, eval_batches, find_resume, flag, gather, load_data, load_run, load_strictly, main,
+                    param_groups, patch_grid, patchify, random_mask, raw_pixels, resize_positions, restore, save_picture,
+                    sincos_2d, split_ids, spread, start, train_batches, unpatchify, usual_heads, warmup_cosine,
+                    warn_of_trouble, xavier_init)
 
 
 # ---------------------------------------------------------------------------------------------------------------

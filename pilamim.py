@@ -15,7 +15,7 @@ loss asks the same of CLS, which has to stand for the whole image.
   After training teacher and decoders are thrown away; an image's feature is CLS after the final norm (`encode`).
 
   python pilamim.py                                            on pictures that common.py draws
-  python pilamim.py --data DIR --img-size 224 --model base     any folder of images
+  python pilamim.py --data DIR --img-size 96 --out runs/mine   any folder of images, the same small model
   python pilamim.py --latent-weight 0 --cls-weight 0           the ablation: pixels alone; likewise the others
   torchrun --nproc_per_node 8 pilamim.py --data DIR --img-size 224 --model base --batch-size 2048 --epochs 800 \
       --warmup-epochs 40 --base-lr 1.5e-4 --decoder-dim 384 --decoder-depth 6 --decoder-heads 12 \
@@ -47,12 +47,11 @@ import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from common import (MODELS, BadInput, Block, Log, PatchEmbed, check_decoder, check_health, count_blocks,
-                    denormalise, draw, eval_batches, find_resume, flag, gather, linear, load_data, load_run,
-                    load_strictly, main, param_groups, patch_grid, patchify, pca_colours,
-                    random_mask, raw_pixels, resize_positions, restore, save_picture, sincos_2d, split_ids,
-                    spread, start, train_batches, unpatchify, update_ema, usual_heads,
-                    warmup_cosine, warn_of_trouble, xavier_init)
+from common import (MODELS, BadInput, Block, Log, PatchEmbed, check_decoder, check_health, count_blocks, denormalise, draw,
+                    eval_batches, find_resume, flag, gather, linear, load_data, load_run, load_strictly, main, param_groups,
+                    patch_grid, patchify, pca_colours, random_mask, raw_pixels, resize_positions, restore, save_picture,
+                    sincos_2d, split_ids, spread, start, train_batches, unpatchify, update_ema, usual_heads, warmup_cosine,
+                    warn_of_trouble, xavier_init)
 
 
 # ---------------------------------------------------------------------------------------------------------------

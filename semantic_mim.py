@@ -18,7 +18,7 @@ in two stacks of blocks side by side; the second one is thrown away after traini
 
   python semantic_mim.py                                            on pictures that common.py draws, target HOG
   python semantic_mim.py --baseline --out runs/maskfeat             the paper's comparison: one stack, mask tokens see all
-  python semantic_mim.py --data DIR --img-size 224 --model base     any folder of images
+  python semantic_mim.py --data DIR --img-size 96 --out runs/mine   any folder of images, the same small model
   torchrun --nproc_per_node 8 semantic_mim.py --data DIR --img-size 224 --model base --batch-size 2048 --epochs 300 \
       --warmup-epochs 30 --base-lr 2e-4                             the paper's recipe with HOG; not run at that scale
   torchrun --nproc_per_node 8 semantic_mim.py --target dvae --tokenizer dalle_encoder.pth --data DIR --img-size 224 \
@@ -50,12 +50,11 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from common import (MODELS, BadInput, Block, LayerNorm, Log, PatchEmbed, check_health, count_blocks,
-                    denormalise, draw, eval_batches, find_resume, flag, gather, load_data, load_run,
-                    load_strictly, main, normalise, param_groups, patch_grid, patchify, pca_colours, per_channel,
-                    random_mask, raw_pixels, read_checkpoint, resize_positions, save_picture,
-                    seed_of, split_ids, spread, start, train_batches, usual_heads, warmup_cosine,
-                    warn_of_trouble)
+from common import (MODELS, BadInput, Block, LayerNorm, Log, PatchEmbed, check_health, count_blocks, denormalise, draw,
+                    eval_batches, find_resume, flag, gather, load_data, load_run, load_strictly, main, normalise,
+                    param_groups, patch_grid, patchify, pca_colours, per_channel, random_mask, raw_pixels, read_checkpoint,
+                    resize_positions, save_picture, seed_of, split_ids, spread, start, train_batches, usual_heads,
+                    warmup_cosine, warn_of_trouble)
 
 
 # ---------------------------------------------------------------------------------------------------------------
