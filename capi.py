@@ -64,9 +64,9 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from common import (MODELS, BadInput, Log, Mlp, PatchEmbed, attend, check_health, count_blocks, denormalise, draw,
-                    eval_batches, find_resume, flag, gather, load_data, load_run, load_strictly, main, patch_grid, patchify,
-                    pca_colours, raw_pixels, save_picture, seed_of, split_ids, spread, start, train_batches, update_ema,
-                    usual_heads, warn_of_trouble)
+                    eval_batches, flag, gather, load_data, load_strictly, main, patch_grid, patchify, pca_colours, raw_pixels,
+                    resume, save_picture, seed_of, split_ids, spread, start, train_batches, update_ema, usual_heads,
+                    warn_of_trouble)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -125,11 +125,10 @@ def inverse_block(noise, grid, num_visible):
     rows, columns = grid
     aspect = torch.exp(math.log(2) * (2 * noise[:, 0] - 1))
     height = (num_visible * aspect).sqrt().ceil().clamp(min(rows, -(-num_visible // columns)), rows)  # [B]
-    width = (num_visible / height).ceil()
+    width = (num_visible / height).ceil()[:, None]
     row, column = torch.meshgrid(*[torch.arange(n, device=noise.device) for n in grid], indexing="ij")
     row = (row.flatten() - (noise[:, 1:2] * rows).floor()).remainder(rows)  # [B, N], counted from the block's corner
     column = (column.flatten() - (noise[:, 2:3] * columns).floor()).remainder(columns)
-    width = width[:, None]
     return ~((column < width) & (row * width + column < num_visible))
 
 
@@ -348,12 +347,12 @@ class CAPI(nn.Module):
         B, N, device = len(images), self.num_patches, images.device
         if mask is None:
             mask, num_visible = inverse_block(torch.rand(B, 3, device=device), self.grid, self.num_visible), self.num_visible
-        num_visible = num_visible or int((~mask[0]).sum())
+        ids_visible, ids_masked = split_ids(mask, num_visible)
         if predict is None:
-            ids_predict = random_places(torch.rand(B, N, device=device), mask, min(self.num_predict, N - num_visible))
+            count = min(self.num_predict, ids_masked.shape[1])
+            ids_predict = random_places(torch.rand(B, N, device=device), mask, count)
         else:
-            ids_predict = split_ids(~predict, num_predict or int(predict[0].sum()))[0]
-        ids_visible, _ = split_ids(mask, num_visible)
+            ids_predict, _ = split_ids(~predict, num_predict)
         patches = patchify(images, self.patch_size)  # [B, N, P]
         coordinates = patch_coordinates(self.grid, device)[None]  # [1, N, 2]
 
@@ -390,20 +389,14 @@ class CAPI(nn.Module):
                 loss = loss + checkpoint(loss_of, x, assignments[-1], use_reentrant=False)
         return torch.cat(assignments, 1), loss / target.shape[1]
 
-    def tokens(self, images):
-        """The teacher's: registers [B, R, D], patches [B, N, D] after the final norm, and the pooled vector [B, D]."""
-        grid = patch_grid(images.shape[2:], self.patch_size)
-        coordinates = patch_coordinates(grid, images.device)[None]
-        context, rope = self.teacher(patchify(images, self.patch_size), coordinates)
-        pooled = self.teacher.predict(coordinates, context, rope, depth=1).mean(1)
-        return context[:, :-coordinates.shape[1]], context[:, -coordinates.shape[1]:], pooled
-
     def encode(self, images):
         """images -> pooled [B, D], patches [B, N, D]: the teacher (the student's moving average), nothing masked, after the
         final norm. pooled: the first predictor block with a mask token at every place, each output normed, then the mean.
         Any image size that the patch divides: positions are coordinates."""
-        _, patches, pooled = self.tokens(images)
-        return pooled, patches
+        coordinates = patch_coordinates(patch_grid(images.shape[2:], self.patch_size), images.device)[None]
+        context, rope = self.teacher(patchify(images, self.patch_size), coordinates)
+        pooled = self.teacher.predict(coordinates, context, rope, depth=1).mean(1)
+        return pooled, context[:, -coordinates.shape[1]:]
 
     @classmethod
     def from_released(cls, state_dict, **sizes):
@@ -490,12 +483,10 @@ def train(cfg):
                                           betas=cfg.betas, weight_decay=0.01, fused=fused)
     scaler = torch.amp.GradScaler(run.device.type, enabled=run.amp is torch.float16)
 
-    first, state = 0, find_resume(cfg, "capi", run)
-    if state:
-        first = load_run(state, model=model, optimizer=optimizer, cluster_optimizer=cluster_optimizer, scaler=scaler)
-        if first >= total:
-            run.say(f"nothing to do: {first} of {total} steps are done; more --epochs goes on, --resume no starts over")
-            return 0
+    first = resume(cfg, "capi", run, model=model, optimizer=optimizer, cluster_optimizer=cluster_optimizer, scaler=scaler)
+    if first >= total:
+        run.say(f"nothing to do: {first} of {total} steps are done; more --epochs goes on, --resume no starts over")
+        return 0
     run.describe(cfg, model, total, peak_lr)
     log = Log(cfg, "capi", run, first)
 
@@ -523,8 +514,7 @@ def train(cfg):
                 F.interpolate(colours, (height, width), mode="nearest")])
 
     if first == 0:
-        raw = check_health(raw_pixels, cfg, run, train_set, val_set)
-        look(0, **{f"raw_{k}": v for k, v in raw.items() if k.startswith("knn")})
+        look(0, **check_health(raw_pixels, cfg, run, train_set, val_set, "raw_"))
 
     # -- the loop
     stream = train_batches(cfg, run, train_set, cfg.crop_scale, first, total)
@@ -578,8 +568,8 @@ def train(cfg):
             if bad_steps:
                 last = Path(cfg.out, "last.pt")
                 run.say(f"error: the loss or its gradient is not finite since step {step + 1 - math.ceil(bad_steps)} (now lr "
-                        f"{lr:.3g}, gradient norm {norm:.3g}); " + (f"{last} is the last good checkpoint, untouched" if last.exists()
-                        else "no checkpoint had been saved yet"), sys.stderr)
+                        f"{lr:.3g}, gradient norm {norm:.3g}); " + (f"{last} is the last good checkpoint, untouched"
+                        if last.exists() else "no checkpoint had been saved yet"), sys.stderr)
                 return 1
             seconds, images_seen = time.perf_counter() - clock, (step - logged) * cfg.batch_size
             names = ["loss", *logs]
@@ -600,7 +590,7 @@ def train(cfg):
                          optimizer=optimizer.state_dict(), cluster_optimizer=cluster_optimizer.state_dict(),
                          scaler=scaler.state_dict(), rng=torch.get_rng_state())
             if stop:
-                run.say(f"stopped by a signal after step {step}; the same command goes on from here")
+                run.say(f"stopped by a signal after step {step}; --resume auto, the default, goes on from here")
                 return 128 + (run.signal or 15)
             clock, waited, logged = time.perf_counter(), 0.0, step
     bar.close()

@@ -122,12 +122,12 @@ class DropPath(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block under timm's names. `layer_scale` and `drop_path` exist only where they are on."""
 
-    def __init__(self, dim, heads, qkv_bias=True, norm=LayerNorm, layer_scale=None, drop_path=0.0, mlp_ratio=4):
+    def __init__(self, dim, heads, qkv_bias=True, norm=LayerNorm, layer_scale=None, drop_path=0.0):
         super().__init__()
         scale = functools.partial(LayerScale, dim, layer_scale) if layer_scale is not None else nn.Identity
         drop = functools.partial(DropPath, drop_path) if drop_path else nn.Identity
         self.norm1, self.attn, self.ls1, self.drop_path1 = norm(dim), Attention(dim, heads, qkv_bias), scale(), drop()
-        self.norm2, self.mlp, self.ls2, self.drop_path2 = norm(dim), Mlp(dim, mlp_ratio * dim), scale(), drop()
+        self.norm2, self.mlp, self.ls2, self.drop_path2 = norm(dim), Mlp(dim, 4 * dim), scale(), drop()
 
     def forward(self, x):  # [B, T, D]
         x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x))))
@@ -244,8 +244,9 @@ def random_mask(noise, num_masked):
     return torch.zeros_like(noise, dtype=torch.bool).scatter_(1, ids, True)
 
 
-def split_ids(is_masked, num_visible):
-    """bool [B, N] -> ids_visible [B, V], ids_masked [B, M], each in ascending order."""
+def split_ids(is_masked, num_visible=None):
+    """bool [B, N] -> ids_visible [B, V], ids_masked [B, M], each in ascending order. A GPU waits for a count that is not said."""
+    num_visible = num_visible or int((~is_masked[0]).sum())
     ids = is_masked.byte().argsort(dim=1, stable=True)
     return ids[:, :num_visible], ids[:, num_visible:]
 
@@ -311,17 +312,17 @@ def render_shapes(seed, index, img_size, in_chans=3):
     (height, width), K, n = pair(img_size), MAX_OBJECTS, len(index)
     short = min(height, width)
     rand = lambda name, *shape: hashed(seed_of("shapes", name, seed), index, math.prod(shape)).view(n, *shape)
-    spread = lambda t: t[..., None, None]  # over the pixels
+    over = lambda t: t[..., None, None]  # all pixels
 
     # Wall and floor: two colours mixed by three plane waves, the floor a little darker.
     y, x = torch.meshgrid((torch.arange(height) + 0.5) / height, (torch.arange(width) + 0.5) / width, indexing="ij")
-    angle, octave, phase, amount = spread(rand("waves", 4, 3)).unbind(1)  # each [n, 3, 1, 1]
+    angle, octave, phase, amount = over(rand("waves", 4, 3)).unbind(1)  # each [n, 3, 1, 1]
     angle, freq = math.pi * angle, 2 * math.pi * 2 ** (1.5 * octave)
     waves = amount * (freq * (x * angle.cos() + y * angle.sin()) + 2 * math.pi * phase).sin()  # [n, 3, H, W]
     texture = (0.5 + 0.35 * waves.sum(1, keepdim=True)).clamp(0, 1)
-    one, two = spread(rand("wall", 2, in_chans)).unbind(1)  # [n, C, 1, 1]
+    one, two = over(rand("wall", 2, in_chans)).unbind(1)  # [n, C, 1, 1]
     canvas = one * texture + two * (1 - texture)  # [n, C, H, W]
-    horizon = spread(0.25 + 0.15 * rand("horizon", 1))
+    horizon = over(0.25 + 0.15 * rand("horizon", 1))
     canvas = canvas * (1 - 0.35 * ((y - horizon) * 8).clamp(0, 1))
 
     # Objects, from far to near. The distance of the nearest is a label, 0..6; all others stand well behind it.
@@ -335,22 +336,22 @@ def render_shapes(seed, index, img_size, in_chans=3):
     radius = 0.44 * short * size * near
     centre_x = width * (0.25 + 0.5 * rand("x", K))
     centre_y = height * (0.15 + (0.5 + 0.3 * (rand("y", K) - 0.5)) * near)
-    turn, light = 2 * math.pi * rand("turn", K), spread(2 * math.pi * rand("light"))
+    turn, light = 2 * math.pi * rand("turn", K), over(2 * math.pi * rand("light"))
     kind_map = torch.zeros(n, height, width, dtype=torch.uint8)
     for k in range(K):  # one object of every picture at once
-        dx, dy = x * width - spread(centre_x[:, k]), y * height - spread(centre_y[:, k])  # [n, H, W]
-        r, dist, theta = spread(radius[:, k]), torch.hypot(dx, dy), torch.atan2(dy, dx) + spread(turn[:, k])
-        beta, c = spread(math.pi / corners[:, k]), spread(inner[:, k])
+        dx, dy = x * width - over(centre_x[:, k]), y * height - over(centre_y[:, k])  # [n, H, W]
+        r, dist, theta = over(radius[:, k]), torch.hypot(dx, dy), torch.atan2(dy, dx) + over(turn[:, k])
+        beta, c = over(math.pi / corners[:, k]), over(inner[:, k])
         fold = beta - (theta.remainder(2 * beta) - beta).abs()  # the angle from the nearest tip, 0..beta
         outline = c * beta.sin() / (c * beta.sin() * fold.cos() + (1 - c * beta.cos()) * fold.sin())
-        cover = (outline * r - dist + 0.5).clamp(0, 1) * (dist - spread(hole[:, k]) * r + 0.5).clamp(0, 1)
-        cover = cover * spread(near[:, k] > 0)  # with soft edges
+        cover = (outline * r - dist + 0.5).clamp(0, 1) * (dist - over(hole[:, k]) * r + 0.5).clamp(0, 1)
+        cover = cover * over(near[:, k] > 0)  # with soft edges
         u, v = 9 * math.pi / short * dist * theta.cos(), 9 * math.pi / short * dist * theta.sin()
-        fu, fv = spread(along[:, k]), spread(across[:, k])
+        fu, fv = over(along[:, k]), over(across[:, k])
         surface = (fu > 0) * (4 * (fu * u + 0.5).cos() * (fv * v + 0.5 * (fv > 0)).cos()).clamp(-1, 1)  # 0 where plain
         shade = (0.75 + 0.3 * (dx * light.cos() + dy * light.sin()) / r.clamp(min=1e-3)) * (0.85 + 0.65 * surface)
-        canvas += (spread(tint[:, k]) * shade[:, None] - canvas) * cover[:, None]
-        kind_map = torch.where(cover > 0.5, spread(kind[:, k] + 1).byte(), kind_map)
+        canvas += (over(tint[:, k]) * shade[:, None] - canvas) * cover[:, None]
+        kind_map = torch.where(cover > 0.5, over(kind[:, k] + 1).byte(), kind_map)
     labels = {"kind": kind[:, -1], "count": count, "distance": nearest.long()}
     return (canvas * 255).round().clamp(0, 255).byte(), labels, kind_map
 
@@ -483,7 +484,7 @@ def folder_sets(cfg, run):
     paths = find_images(train_root)
     if not paths:
         raise BadInput(f"--data {cfg.data}: no image in it (looked for {' '.join(EXTENSIONS)})")
-    top = lambda path, base: path.relative_to(base).parts[0] if len(path.relative_to(base).parts) > 1 else None
+    top = lambda path, base: path.parts[len(base.parts)] if len(path.parts) > len(base.parts) + 1 else None
     classes = sorted({top(p, train_root) for p in paths} - {None})
     labelled = len(classes) > 1 and all(top(p, train_root) for p in paths)
     if split and val_root.is_dir() and labelled:
@@ -532,7 +533,7 @@ def cut(picture, chans, box=None):
     if torch.is_tensor(picture):
         return match_channels(picture[:, top:top + h, left:left + w], chans)
     picture = picture.crop((left, top, left + w, top + h)) if box else picture
-    return match_channels(pixels_of(picture if picture.mode in ("RGB", "L") else picture.convert("RGB")), chans)
+    return match_channels(pixels_of(picture if picture.mode in ("RGB", "L", "RGBA") else picture.convert("RGB")), chans)
 
 
 def resize(image, size):
@@ -551,7 +552,7 @@ def match_channels(image, chans):
     if chans == 1 and have == 3:
         return (image * torch.tensor([0.2989, 0.587, 0.114]).view(3, 1, 1)).sum(0, keepdim=True).byte()
     if have == 1 and chans <= 4:
-        return image.expand(min(chans, 3), -1, -1) if chans != 4 else match_channels(image.expand(3, -1, -1), 4)
+        return match_channels(image.expand(min(chans, 3), -1, -1), chans)
     if have == 3 and chans == 4:
         return torch.cat([image, torch.full_like(image[:1], 255)])
     raise ValueError(f"the image has {have} channels, --in-chans is {chans}")
@@ -726,16 +727,16 @@ def train_batches(cfg, run, data, scale, start, total, size=None):
             yield normalise(images.to(run.device, non_blocking=True).float(), cfg)
 
 
-def eval_batches(cfg, run, data, ids, size=256):
+def eval_batches(cfg, run, data, ids):
     """Whole pictures, centre-cropped: yields images [m, C, H, W] as `train_batches` does, and labels {name: [m]}."""
     if isinstance(data, Pixels):
-        for some in ids.split(size):
-            box = torch.tensor([centre_box(*data.images.shape[2:], pair(cfg.img_size), data.margin)]).float()
-            images = crop_resize(data.images[some], box.expand(len(some), 4), torch.zeros(len(some), dtype=torch.bool),
-                                 pair(cfg.img_size)).to(run.device)
+        top, left, h, w = centre_box(*data.images.shape[2:], pair(cfg.img_size), data.margin)
+        for some in ids.split(256):
+            images = data.images[some, :, top:top + h, left:left + w].float()
+            images = F.interpolate(images, pair(cfg.img_size), mode="bicubic", antialias=True).clamp_(0, 255).to(run.device)
             yield normalise(images, cfg), {name: y[some] for name, y in data.labels.items()}
     else:
-        items = ((some.tolist(), None) for some in ids.split(size))
+        items = ((some.tolist(), None) for some in ids.split(256))
         for images, labels, broken in read_batches(Crops(data, pair(cfg.img_size), None, cfg), items, cfg, run):
             run.report_broken(data, broken)
             yield normalise(images.to(run.device).float(), cfg), {"class": labels} if data.labelled else {}
@@ -832,7 +833,7 @@ def parse_args(Config, doc="", argv=None):
     """The dataclass as flags: --dashes-for-underscores, --no-x for a switch, several values for a tuple."""
     parser = Parser(description=doc.strip().split("\n\n")[0], allow_abbrev=False,
                     formatter_class=functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=34, width=110),
-                    epilog="exit status: 0 done, 1 the loss or its gradient was not finite, 2 bad input, 128 + n stopped by signal n (saved)")
+                    epilog="exit status: 0 done, 1 not finite, 2 bad input, 128 + n stopped by signal n (saved)")
     types = typing.get_type_hints(Config)
     groups = {name: parser.add_argument_group(title) for name, title in {
         "own": "the method" if "model" in types else "what to do", "model": "model", "data": "data", "training": "training",
@@ -867,7 +868,7 @@ def main(train, Config, doc):
         if dist.is_initialized():
             dist.barrier()  # whoever leaves first would have torchrun end the others, in the middle of a word
     except BadInput as error:
-        if os.environ.get("RANK", "0") == "0" or isinstance(error, BadHere):
+        if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, BadHere):  # once on each machine
             tqdm.write(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)  # on a line of its own, below the bar
         status = 2
     finally:
@@ -1036,13 +1037,14 @@ def worker_signals(_):
 
 
 def choose_device(name, local_rank):
-    mps = hasattr(torch.backends, "mps") and torch.backends.mps.is_available()
+    mps = torch.backends.mps.is_available()
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if mps and "WORLD_SIZE" not in os.environ else "cpu"
     if name == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if local_rank >= count:
-            raise BadInput(f"--device cuda: this process needs GPU number {local_rank}, torch sees {count}")
+        if local_rank >= count:  # the first process of a machine that goes without says so
+            kind = BadHere if local_rank == count else BadInput
+            raise kind(f"--device cuda: this process needs GPU number {local_rank}, torch sees {count}")
         torch.cuda.set_device(local_rank)
         return torch.device("cuda", local_rank)
     if name == "mps" and not mps:
@@ -1052,7 +1054,7 @@ def choose_device(name, local_rank):
 
 def choose_amp(name, device):
     if name == "auto" and device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     if name == "auto":  # bf16 pays on a CPU that has the instructions (there up to 7 times fp32's rate), else it costs
         flags = Path("/proc/cpuinfo").read_text() if device.type == "cpu" and Path("/proc/cpuinfo").exists() else ""
         return torch.bfloat16 if "avx512_bf16" in flags or "amx_bf16" in flags else None
@@ -1125,12 +1127,13 @@ def read_checkpoint(path):
     return state
 
 
-def find_resume(cfg, method, run):
-    """The checkpoint to go on from, or None; refused where it is another method's or another Config's."""
+def resume(cfg, method, run, **parts):
+    """Every part of a run, and the generator, gets back its state of the checkpoint to go on from -> the step that was done;
+    0 where there is none. Refused where it is another method's or another Config's."""
     paths = [p for p in (Path(cfg.out, "last.pt"), Path(cfg.out, "previous.pt")) if p.exists()] if cfg.resume == "auto" \
         else [Path(cfg.resume)]
     if cfg.resume == "no" or not paths:
-        return None
+        return 0
     path = paths[0]
     try:
         state = read_checkpoint(path)
@@ -1140,33 +1143,27 @@ def find_resume(cfg, method, run):
         path = paths[1]
         state = read_checkpoint(path)
         run.say(f"warning: {error}; the one before it is taken")
-    if state.get("method") != method:
-        raise BadInput(f"{path}: " + (f"a checkpoint of {state['method']}, not of {method}" if "method" in state else
-                       "not a checkpoint of this repository's training runs"))
-    if not (isinstance(state.get("config"), dict) and isinstance(state.get("step"), int)):
-        raise BadInput(f"{path}: not a checkpoint of this repository's training runs: no step, or no config")
+    if state.get("method", method) != method:
+        raise BadInput(f"{path}: a checkpoint of {state['method']}, not of {method}")
+    if not ("method" in state and isinstance(state.get("config"), dict) and isinstance(state.get("step"), int)):
+        raise BadInput(f"{path}: not a checkpoint of this repository's training runs")
     changeable = CHANGEABLE | {field.name for field in dataclasses.fields(cfg) if field.metadata.get("changeable")}
     differ = [f"--{k.replace('_', '-')} {state['config'].get(k)} there, {v} now" for k, v in
               dataclasses.asdict(cfg).items() if k not in changeable and state["config"].get(k) != v]
     if differ:
         raise BadInput(f"{path}: made with another Config ({'; '.join(differ)}); take another --out, or --resume no")
-    run.say(f"resume: {path}, step {state['step']}")
-    if path != paths[0]:  # else the next save would put the damaged one in the place of the good one
-        run.barrier()
-        if run.main:
-            os.replace(path, paths[0])
-    return state | {"path": path}
-
-
-def load_run(state, **parts):
-    """Every part of a run gets its state back, and the generator too -> the step that was done."""
     try:
         for name, part in parts.items():
             part.load_state_dict(state[name])
         name = "rng"
         torch.set_rng_state(state[name])
     except Exception as error:  # names, sizes, kinds: torch has an error of its own for each
-        raise BadInput(f"{state['path']}: its {name} does not fit ({' '.join(str(error).split())[:300]})") from error
+        raise BadInput(f"{path}: its {name} does not fit ({' '.join(str(error).split())[:300]})") from error
+    run.say(f"resume: {path}, step {state['step']}")
+    if path != paths[0]:  # else the next save would put the damaged one in the place of the good one
+        run.barrier()
+        if run.main:
+            os.replace(path, paths[0])
     return state["step"]
 
 
@@ -1195,34 +1192,32 @@ class Log:
     by a run that resumes at a step, it first drops what was logged after it."""
 
     def __init__(self, cfg, method, run, step):
-        self.path, self.main, self.records = Path(cfg.out, "log.jsonl"), run.main, []
+        self.path, self.main = Path(cfg.out, "log.jsonl"), run.main
         if not self.main:
             return
         header = {"method": method, "config": dataclasses.asdict(cfg), "torch": torch.__version__, "torchvision":
                   importlib.metadata.version("torchvision"), "python": platform.python_version(), "commit": commit(), "processes":
                   run.world, "device": device_name(run.device), "amp": str(run.amp), "compile": run.compile}
-        try:
+        with writing(f"--out {cfg.out}"):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             for name in ("last.pt", "last.pt.part", "previous.pt"):  # found now, not when the first epoch is over
                 if self.path.with_name(name).is_dir():
                     raise BadInput(f"--out {cfg.out}: {name} in it is a folder")
-            if step and self.path.exists():
-                whole = [line for line in self.path.read_text().splitlines() if line.endswith("}")]  # the last may be torn
-                self.records = [r for r in map(json.loads, whole) if "step" not in r or r["step"] <= step]
-            self.records = self.records or [header]
+            lines = self.path.read_text(errors="replace").splitlines() if step and self.path.exists() else []
+            try:
+                records = [json.loads(line) for line in lines if line.endswith("}")]  # the last may be torn
+            except json.JSONDecodeError as error:
+                raise BadInput(f"{self.path}: no log of a run ({error})") from error
+            records = [r for r in records if "step" not in r or r["step"] <= step] or [header]
             part = self.path.with_name("log.jsonl.part")
-            part.write_text("".join(json.dumps(r) + "\n" for r in self.records))
+            part.write_text("".join(json.dumps(r) + "\n" for r in records))
             part.replace(self.path)
-            self.records = [r for r in self.records if "rank" in r]  # what `summary` wants
+            self.tests = [r for r in records if "rank" in r]  # of k-NN, for `summary`
             self.file = open(self.path, "a", buffering=1)
-        except OSError as error:
-            raise BadInput(f"--out {cfg.out}: cannot be written ({error.strerror})") from error
-        except (UnicodeError, json.JSONDecodeError) as error:
-            raise BadInput(f"{self.path}: no log of a run ({error})") from error
 
     def write(self, **record):
         if self.main:
-            self.records += [record] * ("rank" in record)
+            self.tests += [record] * ("rank" in record)
             with writing(self.path):
                 self.file.write(json.dumps({k: float(f"{v:.6g}") if isinstance(v, float) else v
                                             for k, v in record.items()}) + "\n")
@@ -1231,13 +1226,12 @@ class Log:
         """k-NN before and after training and of raw pixels, as far as the log has them."""
         if not self.main:
             return
-        tests = self.records
-        names = [k[4:] for k in tests[-1] if k.startswith("knn_")]
-        before = tests[0] if tests[0]["step"] == 0 else {}  # a run that was resumed elsewhere has no beginning here
-        same = all(tests[-1].get("mean_knn_" + name) == tests[-1].get("knn_" + name) for name in names)
-        rows = [("raw pixels", before, "raw_knn_"), *[(when + which, record, prefix)
-                for when, record in (("untrained", before), ("trained", tests[-1]))
-                for which, prefix in [("", "knn_")] + [(", mean of patches", "mean_knn_")] * (not same)]]
+        before, after = self.tests[0], self.tests[-1]
+        before = before if before["step"] == 0 else {}  # a run that was resumed elsewhere has no beginning here
+        names = [k[4:] for k in after if k.startswith("knn_")]
+        rows = [("raw pixels", before, "raw_knn_"), ("untrained", before, "knn_"), ("trained", after, "knn_")]
+        if any(after["mean_knn_" + name] != after["knn_" + name] for name in names):
+            rows += [(f"{title}, mean of patches", record, f"mean_{prefix}") for title, record, prefix in rows[1:]]
         if names:
             print(f"{'k-NN accuracy, %':28}" + "".join(f"{name:>10}" for name in names))
         for title, record, prefix in rows:
@@ -1270,13 +1264,15 @@ GALLERY, QUERIES = 8192, 2048  # at most so many images on either side of a k-NN
 
 
 def knn_predict(gallery, labels, queries, k=20, temperature=0.07):
-    """Weighted vote of the k nearest by cosine, a chunk of queries at a time -> predicted class of each query."""
+    """Weighted vote of the k nearest by cosine, a chunk of queries at a time. labels [n], or of several kinds at once [n, L]
+    -> predicted classes [m] or [m, L]."""
     gallery, classes, k = F.normalize(gallery, dim=1), int(labels.max()) + 1, min(k, len(gallery))
     predicted = []
     for chunk in F.normalize(queries, dim=1).split(1024):
         similarity, ids = (chunk @ gallery.T).topk(k, 1)
-        votes = torch.zeros(len(chunk), classes, device=chunk.device)
-        predicted.append(votes.scatter_add_(1, labels[ids], (similarity / temperature).exp()).argmax(1))
+        near, weight = labels[ids], (similarity / temperature).exp()  # [m, k] or [m, k, L], [m, k]
+        votes = torch.zeros(len(chunk), classes, *labels.shape[1:], device=chunk.device)
+        predicted.append(votes.scatter_add_(1, near, weight.view(*ids.shape, *[1] * (near.ndim - 2)).expand_as(near)).argmax(1))
     return torch.cat(predicted)
 
 
@@ -1290,46 +1286,45 @@ def effective_rank(features):
     return math.exp(-(p * p.clamp(min=1e-12).log()).sum().item())
 
 
-def pooled_and_mean(pooled, patches):
-    return torch.stack([pooled.float(), patches.float().mean(1)], 1)
-
-
 @torch.no_grad()
-def features_of(encode, cfg, run, data, most, take=pooled_and_mean):
+def features_of(encode, cfg, run, data, most, take):
     """What `take` makes of (pooled, patches) [n, ...], and the labels, of at most `most` images, spread evenly over the
     set; each process does its share."""
     ids = torch.linspace(0, len(data) - 1, min(most, len(data))).long()
-    mine = ids[torch.arange(run.rank, len(ids) + run.world - 1 - (len(ids) - 1) % run.world, run.world) % len(ids)]
+    mine = ids[torch.arange(run.rank, math.ceil(len(ids) / run.world) * run.world, run.world) % len(ids)]
     features, labels = [], []
     for images, names in eval_batches(cfg, run, data, mine):
         with run.autocast():
             features.append(take(*encode(images)))
         labels.append(names)
     features, labels = torch.cat(features), {k: torch.cat([l[k] for l in labels]).to(run.device) for k in labels[0]}
-    everyone = lambda t: t  # [share, ...] of each process -> [n, ...] in order
-    if run.world > 1:
-        def everyone(t):
-            parts = [torch.empty_like(t) for _ in range(run.world)]
+
+    def everyone(t):  # [share, ...] of each process -> [n, ...] in order
+        parts = [torch.empty_like(t) for _ in range(run.world)] if run.world > 1 else [t]
+        if run.world > 1:
             dist.all_gather(parts, t.contiguous())
-            return torch.stack(parts, 1).flatten(0, 1)[:len(ids)]
+        return torch.stack(parts, 1).flatten(0, 1)[:len(ids)]
     return everyone(features), {k: everyone(y) for k, y in labels.items()}
 
 
-def check_health(encode, cfg, run, train_set, val_set):
+def check_health(encode, cfg, run, train_set, val_set, raw=""):
     """Frozen features of the pictures as they are: effective rank and spread of the pooled ones; k-NN accuracy per
     label in percent, of the pooled ones (`knn_`) and of the mean over patches (`mean_knn_`). For k-NN every channel is
-    standardised first, as MAE's and PiLaMIM's linear probes do it: else the few loudest channels decide alone."""
-    features, labels = features_of(encode, cfg, run, train_set, GALLERY)
-    galleries = features.unbind(1)
-    scores = {"rank": effective_rank(galleries[0][:QUERIES]), "feature_std": galleries[0].std(0, correction=0).mean().item()}
+    standardised first, as MAE's and PiLaMIM's linear probes do it: else the few loudest channels decide alone. Of raw
+    pixels k-NN alone, under names that begin with `raw`."""
+    both = lambda pooled, patches: torch.stack([pooled.float(), patches.float().mean(1)], 1)  # [n, 2, D]
+    features, labels = features_of(encode, cfg, run, train_set, GALLERY, both)
+    pooled, scores = features[:, 0], {}
+    if not raw:
+        some = pooled[::math.ceil(len(pooled) / QUERIES)]
+        scores = {"rank": effective_rank(some), "feature_std": pooled.std(0, correction=0).mean().item()}
     if val_set is not None and labels:
-        queries, truth = features_of(encode, cfg, run, val_set, QUERIES)
-        for prefix, known, asked in zip(("knn_", "mean_knn_"), galleries, queries.unbind(1)):
+        queries, truth = features_of(encode, cfg, run, val_set, QUERIES, both)
+        y, truth = (torch.stack([kinds[name] for name in labels], 1) for kinds in (labels, truth))  # [n, L]
+        for prefix, known, asked in zip([raw + "knn_"] if raw else ["knn_", "mean_knn_"], features.unbind(1), queries.unbind(1)):
             mean, std = known.mean(0), known.std(0) + 1e-6
-            known, asked = (known - mean) / std, (asked - mean) / std
-            for name, y in labels.items():
-                right = knn_predict(known, y, asked) == truth[name]
-                scores[prefix + name] = 100 * right.float().mean().item()
+            right = knn_predict((known - mean) / std, y, (asked - mean) / std) == truth
+            scores |= {prefix + name: 100 * share for name, share in zip(labels, right.float().mean(0).tolist())}
     return scores
 
 
@@ -1346,7 +1341,7 @@ def warn_of_trouble(run, values):
         run.warn("collapse", "the pooled features of different images are all but the same (effective rank "
                  f"{rank:.2f}, spread {feature_std:.1e})")
     if target_std < 0.02:
-        run.warn("collapse of the targets", f"what is to be predicted is all but the same for every patch (target_std {target_std:.1e})")
+        run.warn("collapse of the targets", f"the same is to be predicted of every patch (target_std {target_std:.1e})")
 
 
 def spread(tokens):
@@ -1372,11 +1367,11 @@ def pca_colours(patches, grid, img_size):
     return F.interpolate(colours, tuple(img_size), mode="nearest")
 
 
-def save_picture(path, columns, least=96):
+def save_picture(path, columns):
     """PNG of images in rows: columns is a list of [n, C, H, W] in 0..1, side by side; small ones are enlarged."""
     columns = [c.detach().float().cpu() for c in columns]
     columns = [c[:, :3] if c.shape[1] >= 3 else c[:, :1].expand(-1, 3, -1, -1) for c in columns]
-    zoom = max(1, math.ceil(least / min(columns[0].shape[2:])))
+    zoom = max(1, math.ceil(96 / min(columns[0].shape[2:])))
     tiles = torch.stack(columns, 1).flatten(0, 1).clamp(0, 1)
     tiles = F.pad(tiles.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3), (4, 0, 4, 0), value=1.0)
     nrow = min(len(tiles), 2 * len(columns))

@@ -25,6 +25,7 @@ import dataclasses
 import importlib
 import json
 import math
+import os
 import signal
 from pathlib import Path
 
@@ -34,8 +35,8 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from common import (READ_ERRORS, BadInput, DropPath, Order, Pixels, centre_box, check_ranges, denormalise, draw, eval_batches,
-                    features_of, find_images, flag, knn_predict, load_data, main, match_channels, normalise, pair, patch_grid,
+from common import (READ_ERRORS, BadInput, DropPath, Order, Pixels, centre_box, check_ranges, cut, denormalise, draw,
+                    eval_batches, features_of, find_images, flag, knn_predict, load_data, main, normalise, pair, patch_grid,
                     patchify, pca_colours, pixels_of, random_mask, raw_pixels, read_checkpoint, read_image, resize,
                     save_picture, start, train_batches, warmup_cosine, writing)
 
@@ -142,10 +143,9 @@ def with_masks(rows, count, cfg, what):
     """(image uint8 [C, h, w], mask [h, w]) pairs -> Pixels at the size of the model: bicubic images, nearest masks."""
     images, maps, size = [], [], pair(cfg.img_size)
     for image, mask in tqdm(rows, f"reading {what}", total=count, leave=False, disable=None):
-        top, left, h, w = centre_box(*image.shape[1:], size, 1.0)
-        image, mask = (t[:, top:top + h, left:left + w] for t in (match_channels(image, cfg.in_chans), mask[None]))
-        images.append(resize(image, size))
-        maps.append(F.interpolate(mask[None], size, mode="nearest")[0, 0])
+        box = centre_box(*image.shape[1:], size, 1.0)
+        images.append(resize(cut(image, cfg.in_chans, box), size))
+        maps.append(F.interpolate(cut(mask[None], 1, box)[None], size, mode="nearest")[0, 0])
     return Pixels(torch.stack(images), {}, torch.stack(maps))
 
 
@@ -169,7 +169,7 @@ def masked_sets(cfg, masks, root):
         raise BadInput(f"--data {cfg.data}: no such folder")
     sets = []
     for split, folder in zip(("train", "val"), masks if len(masks) == 2 else masks * 2):
-        inside = base / split if (base / split).is_dir() else base
+        inside = base / split
         folder = base / folder if (base / folder).is_dir() else Path(folder)
         paths = [p for p in find_images(inside) if folder not in p.parents]
         lost = [p for p in paths if not (folder / p.relative_to(inside)).with_suffix(".png").exists()]
@@ -265,7 +265,6 @@ def probe_images(probe, train, train_labels, test, test_labels, cfg):
     """One of knn, linear, attentive, for every label there is: scores {name: %}, choices."""
     scores, chosen = {}, {}
     for name, y in train_labels.items():
-        classes = int(max(y.max(), test_labels[name].max())) + 1
         missing = sorted(set(test_labels[name].tolist()) - set(y.tolist()))
         if missing:
             raise BadInput(f"--data: the test set has classes of `{name}` that the training set has not: {missing[:5]}")
@@ -273,7 +272,7 @@ def probe_images(probe, train, train_labels, test, test_labels, cfg):
             for k in (1, 20):
                 scores[f"{name} k={k}"] = accuracy(knn_predict(train, y, test, k), test_labels[name])
         else:
-            predict, chosen[name] = fit_heads(train, y, classes, cfg, queries=probe == "attentive")
+            predict, chosen[name] = fit_heads(train, y, int(y.max()) + 1, cfg, queries=probe == "attentive")
             scores[name] = accuracy(predict(test).argmax(-1), test_labels[name])
     return scores, chosen
 
@@ -322,6 +321,7 @@ def probe_pixels(probe, train, train_maps, test, test_maps, p, cfg):
 def finetune(model, method, mcfg, run, train_set, val_set, cfg):
     """The whole encoder on the first label, end to end -> scores, choices."""
     model, batch = copy.deepcopy(model).train(), min(128, len(train_set))
+    model.training = False  # the flag of the whole alone: where it is set, SemanticMIM's `encode` drops no path
     labels = train_set.labels if isinstance(train_set, Pixels) else {"class": train_set.labels}
     name, y = next(iter(labels.items()))
     blocks = model.get_submodule(METHODS[method][1])
@@ -426,8 +426,7 @@ def given_image(path, cfg):
         image = read_image(path, cfg.in_chans)
     except READ_ERRORS as error:
         raise BadInput(f"--images {path}: cannot be read ({' '.join(str(error).split())[:100]})") from error
-    top, left, h, w = centre_box(*image.shape[1:], pair(cfg.img_size), 1.0)
-    return resize(image[:, top:top + h, left:left + w], pair(cfg.img_size))
+    return resize(cut(image, cfg.in_chans, centre_box(*image.shape[1:], pair(cfg.img_size), 1.0)), pair(cfg.img_size))
 
 
 @torch.no_grad()
@@ -502,8 +501,8 @@ def hold_out(data):
         some.paths, some.labels = data.paths[ids.numpy()], data.labels[ids]
         return some
     tenth = torch.arange(len(data)) % 10 == 9
-    if not hasattr(data, "paths") and not isinstance(data, Pixels) or not tenth.any():
-        raise BadInput("--held-out: only for a folder, or for a set that is held in memory, of ten images and more")
+    if not tenth.any():
+        raise BadInput(f"--held-out: of {len(data)} images there is no tenth, it takes ten images")
     return part((~tenth).nonzero()[:, 0]), part(tenth.nonzero()[:, 0])
 
 
@@ -541,16 +540,18 @@ def evaluate(cfg):
         if method == "pilamim":
             print("its norms have eps 1e-5: timm.create_model(..., norm_layer=functools.partial(torch.nn.LayerNorm, eps=1e-5))")
         return 0
-    changes = {"data": cfg.data or trained.data, "img_size": cfg.img_size or trained.img_size, "batch_size": 256, "accum": 1}
-    mcfg = dataclasses.replace(trained, data_root=cfg.data_root, workers=cfg.workers, device=cfg.device, amp=cfg.amp,
-                               compile="off", **changes)
-    mcfg, run = start(mcfg)
+    world = int(os.environ.get("WORLD_SIZE", 1))  # a batch that it divides; nothing else is made of it
+    mcfg, run = start(dataclasses.replace(
+        trained, data=cfg.data or trained.data, img_size=cfg.img_size or trained.img_size, data_root=cfg.data_root,
+        workers=cfg.workers, device=cfg.device, amp=cfg.amp, batch_size=world, accum=1, compile="off"))
     for number in (signal.SIGINT, signal.SIGTERM):  # nothing here has to be finished first
         signal.signal(number, signal.SIG_DFL)
     model, untrained = model.to(run.device), untrained.to(run.device)
     encode, encode_untrained = (encoder_of(m, method, cfg.pool, cfg.layer) for m in (model, untrained))
     given = [given_image(path, mcfg) for path in cfg.images]  # read now, so that a typo is found before an hour of probing
     sets = masked_sets(mcfg, cfg.masks, cfg.data_root) if cfg.masks or mcfg.data in MASKED else load_data(mcfg, run)
+    if (cfg.held_out or "finetune" in cfg.probe) and not hasattr(sets[0], "labels"):
+        raise BadInput("--held-out and --probe finetune: only for a folder, or for a set that is held in memory")
     if cfg.held_out:
         sets = hold_out(sets[0])
     labelled = sets[1] is not None and (bool(sets[1].labels) if isinstance(sets[1], Pixels) else sets[1].labelled)

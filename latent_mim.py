@@ -47,10 +47,10 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from common import (MODELS, Attention, BadInput, Block, LayerNorm, Log, Mlp, PatchEmbed, attend, check_decoder, check_health,
-                    cosine, count_blocks, denormalise, draw, eval_batches, find_resume, flag, gather, load_data, load_run,
-                    load_strictly, main, of_all_processes, param_groups, patch_grid, patchify, pca_colours, random_mask,
-                    raw_pixels, resize_positions, save_picture, sincos_2d, split_ids, spread, start, train_batches,
-                    update_ema, usual_heads, warmup_cosine, warn_of_trouble, xavier_init)
+                    cosine, count_blocks, denormalise, draw, eval_batches, flag, gather, load_data, load_strictly, main,
+                    of_all_processes, param_groups, patch_grid, patchify, pca_colours, random_mask, raw_pixels,
+                    resize_positions, resume, save_picture, sincos_2d, split_ids, spread, start, train_batches, update_ema,
+                    usual_heads, warmup_cosine, warn_of_trouble, xavier_init)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -273,7 +273,7 @@ class LatentMIM(nn.Module):
             offsets = random_offsets(torch.rand(*mask.shape, 2, device=images.device),
                                      images.shape[2] // self.grid[0] - self.patch_size)
         sim_target = self.sim_target if sim_target is None else sim_target
-        ids_visible, ids_masked = split_ids(mask, num_visible or int((~mask[0]).sum()))
+        ids_visible, ids_masked = split_ids(mask, num_visible)
 
         patches = cell_crops(images, self.grid, self.patch_size, offsets)  # [B, N, P]
         latent = self.encoder(patches, ids_visible)  # [B, 1 + V, D]
@@ -350,12 +350,10 @@ def train(cfg):
                                   fused=run.device.type in ("cpu", "cuda"))
     scaler = torch.amp.GradScaler(run.device.type, enabled=run.amp is torch.float16)
 
-    first, state = 0, find_resume(cfg, "latent_mim", run)
-    if state:
-        first = load_run(state, model=model, optimizer=optimizer, scaler=scaler)
-        if first >= total:
-            run.say(f"nothing to do: {first} of {total} steps are done; more --epochs goes on, --resume no starts over")
-            return 0
+    first = resume(cfg, "latent_mim", run, model=model, optimizer=optimizer, scaler=scaler)
+    if first >= total:
+        run.say(f"nothing to do: {first} of {total} steps are done; more --epochs goes on, --resume no starts over")
+        return 0
     run.describe(cfg, model, total, peak_lr)
     log = Log(cfg, "latent_mim", run, first)
 
@@ -376,8 +374,7 @@ def train(cfg):
                 model.encode(show)[1], model.grid, show.shape[2:])])
 
     if first == 0:
-        raw = check_health(raw_pixels, cfg, run, train_set, val_set)
-        look(0, **{f"raw_{k}": v for k, v in raw.items() if k.startswith("knn")})
+        look(0, **check_health(raw_pixels, cfg, run, train_set, val_set, "raw_"))
 
     # -- the loop
     cells = [n * (model.patch_size + model.gap) for n in model.grid]  # an image with its gaps
@@ -428,8 +425,8 @@ def train(cfg):
             if bad_steps:
                 last = Path(cfg.out, "last.pt")
                 run.say(f"error: the loss or its gradient is not finite since step {step + 1 - math.ceil(bad_steps)} (now lr "
-                        f"{lr:.3g}, gradient norm {norm:.3g}); " + (f"{last} is the last good checkpoint, untouched" if last.exists()
-                        else "no checkpoint had been saved yet"), sys.stderr)
+                        f"{lr:.3g}, gradient norm {norm:.3g}); " + (f"{last} is the last good checkpoint, untouched"
+                        if last.exists() else "no checkpoint had been saved yet"), sys.stderr)
                 return 1
             seconds, images_seen = time.perf_counter() - clock, (step - logged) * cfg.batch_size
             names = ["loss", *logs]
@@ -446,7 +443,7 @@ def train(cfg):
                 run.save(cfg, method="latent_mim", config=dataclasses.asdict(cfg), step=step, model=model.state_dict(),
                          optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), rng=torch.get_rng_state())
             if stop:
-                run.say(f"stopped by a signal after step {step}; the same command goes on from here")
+                run.say(f"stopped by a signal after step {step}; --resume auto, the default, goes on from here")
                 return 128 + (run.signal or 15)
             clock, waited, logged = time.perf_counter(), 0.0, step
     bar.close()

@@ -38,10 +38,9 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from common import (MODELS, BadInput, Block, LayerNorm, Log, PatchEmbed, check_decoder, check_health, count_blocks,
-                    denormalise, draw, eval_batches, find_resume, flag, gather, load_data, load_run, load_strictly, main,
-                    param_groups, patch_grid, patchify, random_mask, raw_pixels, resize_positions, restore, save_picture,
-                    sincos_2d, split_ids, spread, start, train_batches, unpatchify, usual_heads, warmup_cosine,
-                    warn_of_trouble, xavier_init)
+                    denormalise, draw, eval_batches, flag, gather, load_data, load_strictly, main, param_groups, patch_grid,
+                    patchify, random_mask, raw_pixels, resize_positions, restore, resume, save_picture, sincos_2d, split_ids,
+                    spread, start, train_batches, unpatchify, usual_heads, warmup_cosine, warn_of_trouble, xavier_init)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -155,11 +154,10 @@ class MAE(nn.Module):
             mask = random_mask(torch.rand(len(images), self.num_patches, device=images.device),
                                self.num_patches - self.num_visible)
             num_visible = self.num_visible
-        num_visible = num_visible or int((~mask[0]).sum())
         ids_visible, ids_masked = split_ids(mask, num_visible)
         patches = patchify(images, self.patch_size)  # [B, N, P]
         latent = self.encode_visible(patches, ids_visible)  # [B, 1 + V, D]
-        pred = self.decode(latent, ids_visible, ids_masked)[:, num_visible:]  # [B, M, P]
+        pred = self.decode(latent, ids_visible, ids_masked)[:, -ids_masked.shape[1]:]  # [B, M, P]
         target = gather(patches, ids_masked)
         target = standardise(target)[0] if self.norm_pix else target
         loss = pixel_loss(pred, target)
@@ -182,7 +180,7 @@ class MAE(nn.Module):
         """The paper's figure 2: the images with grey in place of masked patches, the decoder's picture of all of them,
         and the masked ones of it pasted in; each [B, C, H, W], in the images' own units. A standardised prediction has
         no brightness or contrast of its own: those are the true patch's, which flatters it."""
-        ids_visible, ids_masked = split_ids(mask, int((~mask[0]).sum()))
+        ids_visible, ids_masked = split_ids(mask)
         patches = patchify(images, self.patch_size)
         pred = self.decode(self.encode_visible(patches, ids_visible), ids_visible, ids_masked).float()
         pred = restore(pred, torch.cat([ids_visible, ids_masked], 1))
@@ -247,12 +245,10 @@ def train(cfg):
                                   fused=run.device.type in ("cpu", "cuda"))
     scaler = torch.amp.GradScaler(run.device.type, enabled=run.amp is torch.float16)
 
-    first, state = 0, find_resume(cfg, "mae", run)
-    if state:
-        first = load_run(state, model=model, optimizer=optimizer, scaler=scaler)
-        if first >= total:
-            run.say(f"nothing to do: {first} of {total} steps are done; more --epochs goes on, --resume no starts over")
-            return 0
+    first = resume(cfg, "mae", run, model=model, optimizer=optimizer, scaler=scaler)
+    if first >= total:
+        run.say(f"nothing to do: {first} of {total} steps are done; more --epochs goes on, --resume no starts over")
+        return 0
     run.describe(cfg, model, total, peak_lr)
     log = Log(cfg, "mae", run, first)
 
@@ -275,8 +271,7 @@ def train(cfg):
             save_picture(Path(cfg.out, "reconstruction.png"), [denormalise(c, cfg) for c in columns])
 
     if first == 0:
-        raw = check_health(raw_pixels, cfg, run, train_set, val_set)
-        look(0, **{f"raw_{k}": v for k, v in raw.items() if k.startswith("knn")})
+        look(0, **check_health(raw_pixels, cfg, run, train_set, val_set, "raw_"))
 
     # -- the loop
     stream = train_batches(cfg, run, train_set, cfg.crop_scale, first, total)
@@ -321,8 +316,8 @@ def train(cfg):
             if bad_steps:
                 last = Path(cfg.out, "last.pt")
                 run.say(f"error: the loss or its gradient is not finite since step {step + 1 - math.ceil(bad_steps)} (now lr "
-                        f"{lr:.3g}, gradient norm {norm:.3g}); " + (f"{last} is the last good checkpoint, untouched" if last.exists()
-                        else "no checkpoint had been saved yet"), sys.stderr)
+                        f"{lr:.3g}, gradient norm {norm:.3g}); " + (f"{last} is the last good checkpoint, untouched"
+                        if last.exists() else "no checkpoint had been saved yet"), sys.stderr)
                 return 1
             seconds, images_seen = time.perf_counter() - clock, (step - logged) * cfg.batch_size
             names = ["loss", *logs]
@@ -337,7 +332,7 @@ def train(cfg):
                 run.save(cfg, method="mae", config=dataclasses.asdict(cfg), step=step, model=model.state_dict(),
                          optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), rng=torch.get_rng_state())
             if stop:
-                run.say(f"stopped by a signal after step {step}; the same command goes on from here")
+                run.say(f"stopped by a signal after step {step}; --resume auto, the default, goes on from here")
                 return 128 + (run.signal or 15)
             clock, waited, logged = time.perf_counter(), 0.0, step
     bar.close()

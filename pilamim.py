@@ -48,9 +48,9 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from common import (MODELS, BadInput, Block, Log, PatchEmbed, check_decoder, check_health, count_blocks, denormalise, draw,
-                    eval_batches, find_resume, flag, gather, linear, load_data, load_run, load_strictly, main, param_groups,
-                    patch_grid, patchify, pca_colours, random_mask, raw_pixels, resize_positions, restore, save_picture,
-                    sincos_2d, split_ids, spread, start, train_batches, unpatchify, update_ema, usual_heads, warmup_cosine,
+                    eval_batches, flag, gather, linear, load_data, load_strictly, main, param_groups, patch_grid, patchify,
+                    pca_colours, random_mask, raw_pixels, resize_positions, restore, resume, save_picture, sincos_2d,
+                    split_ids, spread, start, train_batches, unpatchify, update_ema, usual_heads, warmup_cosine,
                     warn_of_trouble, xavier_init)
 
 
@@ -199,16 +199,15 @@ class PiLaMIM(nn.Module):
         # Both decoders give the visible places first, then the masked in the order of ids_masked: the same patch meets.
         _, pixels = self.decoder(latent, ids_visible, ids_masked)
         cls, latents = self.latent_decoder(latent, ids_visible, ids_masked)
-        pixel_loss = squared_error(pixels[:, num_visible:], target_pixels)  # L_pixel
-        latent_loss = squared_error(latents[:, num_visible:], target_latents)  # L_latent
-        cls_loss = squared_error(cls, target_cls)  # L_cls
-        losses = torch.stack([pixel_loss, latent_loss, cls_loss])
-        loss = sum(weight * part for weight, part in zip(self.weights, losses))
+        losses = {"pixel_loss": squared_error(pixels[:, num_visible:], target_pixels),
+                  "latent_loss": squared_error(latents[:, num_visible:], target_latents),
+                  "cls_loss": squared_error(cls, target_cls)}
+        loss = sum(weight * part for weight, part in zip(self.weights, losses.values()))
         with torch.no_grad():
-            logs = {"pixel_loss": losses[0], "latent_loss": losses[1], "cls_loss": losses[2], "loss_of_mean":
-                    target_pixels.var(unbiased=False), "pred_std": spread(latents[:, num_visible:]), "target_std":
-                    spread(target_latents)}
-        return loss, {name: value.detach() for name, value in logs.items()}
+            logs = {name: part.detach() for name, part in losses.items()} | {
+                "loss_of_mean": target_pixels.var(unbiased=False), "pred_std": spread(latents[:, num_visible:]),
+                "target_std": spread(target_latents)}
+        return loss, logs
 
     def encode(self, images):
         """images -> pooled [B, D], patches [B, N, D]: the context encoder, nothing masked, after the final norm; pooled is
@@ -221,7 +220,7 @@ class PiLaMIM(nn.Module):
     def reconstruct(self, images, mask):
         """From the pixel decoder: the images with grey in place of masked patches, its picture of all of them, and the
         masked ones of it pasted in; each [B, C, H, W], in the images' own units."""
-        ids_visible, ids_masked = split_ids(mask, int((~mask[0]).sum()))
+        ids_visible, ids_masked = split_ids(mask)
         patches, p, hidden = patchify(images, self.patch_size), self.patch_size, mask[..., None]
         latent = self.encoder(gather(patches, ids_visible), gather(self.encoder.pos_embed, ids_visible))
         pred = self.decoder(latent, ids_visible, ids_masked)[1].float()
@@ -285,12 +284,10 @@ def train(cfg):
                                   fused=run.device.type in ("cpu", "cuda"))
     scaler = torch.amp.GradScaler(run.device.type, enabled=run.amp is torch.float16)
 
-    first, state = 0, find_resume(cfg, "pilamim", run)
-    if state:
-        first = load_run(state, model=model, optimizer=optimizer, scaler=scaler)
-        if first >= total:
-            run.say(f"nothing to do: {first} of {total} steps are done; more --epochs goes on, --resume no starts over")
-            return 0
+    first = resume(cfg, "pilamim", run, model=model, optimizer=optimizer, scaler=scaler)
+    if first >= total:
+        run.say(f"nothing to do: {first} of {total} steps are done; more --epochs goes on, --resume no starts over")
+        return 0
     run.describe(cfg, model, total, peak_lr)
     log = Log(cfg, "pilamim", run, first)
 
@@ -315,8 +312,7 @@ def train(cfg):
                 model.encode(show)[1], model.grid, show.shape[2:])])
 
     if first == 0:
-        raw = check_health(raw_pixels, cfg, run, train_set, val_set)
-        look(0, **{f"raw_{k}": v for k, v in raw.items() if k.startswith("knn")})
+        look(0, **check_health(raw_pixels, cfg, run, train_set, val_set, "raw_"))
 
     # -- the loop
     stream = train_batches(cfg, run, train_set, cfg.crop_scale, first, total)
@@ -362,8 +358,8 @@ def train(cfg):
             if bad_steps:
                 last = Path(cfg.out, "last.pt")
                 run.say(f"error: the loss or its gradient is not finite since step {step + 1 - math.ceil(bad_steps)} (now lr "
-                        f"{lr:.3g}, gradient norm {norm:.3g}); " + (f"{last} is the last good checkpoint, untouched" if last.exists()
-                        else "no checkpoint had been saved yet"), sys.stderr)
+                        f"{lr:.3g}, gradient norm {norm:.3g}); " + (f"{last} is the last good checkpoint, untouched"
+                        if last.exists() else "no checkpoint had been saved yet"), sys.stderr)
                 return 1
             seconds, images_seen = time.perf_counter() - clock, (step - logged) * cfg.batch_size
             names = ["loss", *logs]
@@ -378,7 +374,7 @@ def train(cfg):
                 run.save(cfg, method="pilamim", config=dataclasses.asdict(cfg), step=step, model=model.state_dict(),
                          optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), rng=torch.get_rng_state())
             if stop:
-                run.say(f"stopped by a signal after step {step}; the same command goes on from here")
+                run.say(f"stopped by a signal after step {step}; --resume auto, the default, goes on from here")
                 return 128 + (run.signal or 15)
             clock, waited, logged = time.perf_counter(), 0.0, step
     bar.close()

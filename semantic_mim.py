@@ -51,10 +51,10 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from common import (MODELS, BadInput, Block, LayerNorm, Log, PatchEmbed, check_health, count_blocks, denormalise, draw,
-                    eval_batches, find_resume, flag, gather, load_data, load_run, load_strictly, main, normalise,
-                    param_groups, patch_grid, patchify, pca_colours, per_channel, random_mask, raw_pixels, read_checkpoint,
-                    resize_positions, save_picture, seed_of, split_ids, spread, start, train_batches, usual_heads,
-                    warmup_cosine, warn_of_trouble)
+                    eval_batches, flag, gather, load_data, load_strictly, main, normalise, param_groups, patch_grid, patchify,
+                    pca_colours, per_channel, random_mask, raw_pixels, read_checkpoint, resize_positions, resume,
+                    save_picture, seed_of, split_ids, spread, start, train_batches, usual_heads, warmup_cosine,
+                    warn_of_trouble)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -309,7 +309,7 @@ class SemanticMIM(nn.Module):
             mask = random_mask(torch.rand(len(images), self.num_patches, device=images.device),
                                self.num_patches - self.num_visible)
             num_visible = self.num_visible
-        ids_visible, ids_masked = split_ids(mask, num_visible or int((~mask[0]).sum()))
+        ids_visible, ids_masked = split_ids(mask, num_visible)
         pred = self.head(self.mask_latents(patchify(images, self.patch_size), ids_visible, ids_masked)).float()  # [B, M, .]
         if self.target == "hog":
             with torch.autocast(images.device.type, enabled=False):  # angles in float32
@@ -409,7 +409,7 @@ def build(cfg, vocab=8192):
 def from_checkpoint(path):
     """The model of a run of this file."""
     state = read_checkpoint(path)
-    if state.get("method") != "semantic_mim":
+    if state.get("method") != "semantic_mim" or not {"config", "model"} <= state.keys():
         raise BadInput(f"--beside {path}: not a checkpoint of semantic_mim.py")
     model = build(Config(**state["config"]), len(state["model"]["head.weight"]))
     return load_strictly(model, state["model"], f"{path}: a SemanticMIM")
@@ -430,12 +430,10 @@ def train(cfg):
                                   fused=run.device.type in ("cpu", "cuda"))
     scaler = torch.amp.GradScaler(run.device.type, enabled=run.amp is torch.float16)
 
-    first, state = 0, find_resume(cfg, "semantic_mim", run)
-    if state:
-        first = load_run(state, model=model, optimizer=optimizer, scaler=scaler)
-        if first >= total:
-            run.say(f"nothing to do: {first} of {total} steps are done; more --epochs goes on, --resume no starts over")
-            return 0
+    first = resume(cfg, "semantic_mim", run, model=model, optimizer=optimizer, scaler=scaler)
+    if first >= total:
+        run.say(f"nothing to do: {first} of {total} steps are done; more --epochs goes on, --resume no starts over")
+        return 0
     run.describe(cfg, model, total, peak_lr)
     log = Log(cfg, "semantic_mim", run, first)
 
@@ -462,8 +460,7 @@ def train(cfg):
                 model.encode(show)[1], model.grid, show.shape[2:])])
 
     if first == 0:
-        raw = check_health(raw_pixels, cfg, run, train_set, val_set)
-        look(0, **{f"raw_{k}": v for k, v in raw.items() if k.startswith("knn")})
+        look(0, **check_health(raw_pixels, cfg, run, train_set, val_set, "raw_"))
 
     # -- the loop
     stream = train_batches(cfg, run, train_set, cfg.crop_scale, first, total)
@@ -513,8 +510,8 @@ def train(cfg):
             if bad_steps:
                 last = Path(cfg.out, "last.pt")
                 run.say(f"error: the loss or its gradient is not finite since step {step + 1 - math.ceil(bad_steps)} (now lr "
-                        f"{lr:.3g}, gradient norm {norm:.3g}); " + (f"{last} is the last good checkpoint, untouched" if last.exists()
-                        else "no checkpoint had been saved yet"), sys.stderr)
+                        f"{lr:.3g}, gradient norm {norm:.3g}); " + (f"{last} is the last good checkpoint, untouched"
+                        if last.exists() else "no checkpoint had been saved yet"), sys.stderr)
                 return 1
             seconds, images_seen = time.perf_counter() - clock, (step - logged) * cfg.batch_size
             names = ["loss", *logs]
@@ -529,7 +526,7 @@ def train(cfg):
                 run.save(cfg, method="semantic_mim", config=dataclasses.asdict(cfg), step=step, model=model.state_dict(),
                          optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), rng=torch.get_rng_state())
             if stop:
-                run.say(f"stopped by a signal after step {step}; the same command goes on from here")
+                run.say(f"stopped by a signal after step {step}; --resume auto, the default, goes on from here")
                 return 128 + (run.signal or 15)
             clock, waited, logged = time.perf_counter(), 0.0, step
     bar.close()

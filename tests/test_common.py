@@ -185,6 +185,8 @@ def test_a_box_is_cut_as_from_the_whole():
         whole, part = common.cut(picture, chans), common.cut(picture, chans, (5, 7, 20, 11))
         assert whole.shape == (chans, 40, 36) and torch.equal(part, whole[:, 5:25, 7:18])
         assert torch.equal(common.cut(whole, chans, (5, 7, 20, 11)), part)
+    picture = to_pil_image(noise_image(0, 4, 40, 36))  # a fourth channel is one more channel, if four are wanted
+    assert torch.equal(common.cut(picture, 4), noise_image(0, 4, 40, 36))
 
 
 # -- shapes ---------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torchvision.transforms.functional import to_pil_image
 
+import capi
 import common
 import evaluate
 from common import BadInput, knn_predict, main, save_picture
@@ -173,6 +174,8 @@ def test_folders_with_masks(tmp_path, monkeypatch):
     flags = ["--data", tmp_path / "data", "--probe", "seg-knn", "seg-linear", "--epochs", 1, "--ignore", 3]
     assert run(monkeypatch, path, *flags, "--masks", "trainannot", "valannot") == 0
     assert 0 <= json.loads((tmp_path / "last.eval.json").read_text())["scores"]["trained"]["seg-linear mIoU"] <= 100
+    # without val/ there is nothing to test on: the training images would be scored
+    assert run(monkeypatch, path, *flags, "--data", tmp_path / "data" / "train", "--masks", tmp_path / "data" / "trainannot") == 2
     next((tmp_path / "data" / "valannot").iterdir()).unlink()
     assert run(monkeypatch, path, *flags, "--masks", "trainannot", "valannot") == 2
 
@@ -214,6 +217,24 @@ def test_what_is_wrong_is_one_line(tmp_path, monkeypatch, capsys, flags, text):
     status = run(monkeypatch, *flags.replace("FILES", str(tmp_path)).split())
     error = capsys.readouterr().err.strip().splitlines()
     assert status == 2 and len(error) == 1 and text in error[0], error
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_finetuning_drops_paths(tmp_path, monkeypatch, method):
+    rates, real = [], capi.RotaryBlock.residual
+    monkeypatch.setattr(common.DropPath, "forward", lambda self, x: rates.append(self.rate * self.training) or x)
+    monkeypatch.setattr(capi.RotaryBlock, "residual", lambda self, *args: rates.append(self.drop_path * self.training)
+                        or real(self, *args))
+    path = checkpoint(tmp_path / "last.pt", method)
+    assert run(monkeypatch, path, "--probe", "finetune", "--finetune-epochs", 1, "--amp", "off") == 0
+    assert max(rates) == 0.1
+
+
+def test_finetuning_a_set_that_is_read_as_it_goes(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "load_data", lambda cfg, run: [common.Named("imagenette", [None] * 20, 3)] * 2)
+    for flag in (["--probe", "finetune"], ["--held-out"]):
+        assert run(monkeypatch, checkpoint(tmp_path / "last.pt", "mae"), *flag) == 2
+        assert "held in memory" in capsys.readouterr().err
 
 
 # -- leaving the house ------------------------------------------------------------------------------------

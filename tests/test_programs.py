@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -268,6 +269,7 @@ def files(tmp_path_factory):
     torch.save({"model": MODELS.items}, root / "code.pt")  # a bound method: to load it is to run code
     cfg = common.start(tiny(root, model="nano"))[0]
     torch.save({"method": "mae", "config": dataclasses.asdict(cfg), "step": 1}, root / "mae.pt")
+    torch.save({"method": "semantic_mim"}, root / "bare.pt")
     write_tokenizer(root / "tokenizer.pth")
     return root
 
@@ -379,6 +381,7 @@ WRONG_OF = [  # the flags that MAE has not
     ("semantic_mim", "--target dvae --in-chans 1 --tokenizer FILES/tokenizer.pth", "--in-chans 1.*3"),
     ("semantic_mim", "--beside FILES/mae.pt", "--beside.*mae.pt.*not a checkpoint of semantic_mim"),
     ("semantic_mim", "--beside FILES/nowhere.pt", "nowhere.pt.*no such file"),
+    ("semantic_mim", "--beside FILES/bare.pt", "bare.pt.*not a checkpoint of semantic_mim"),
     ("semantic_mim", "--drop-path 1", "--drop-path 1"),
     ("semantic_mim", "--jitter 2", "--jitter 2"),
     ("pilamim", "--mask-ratio 1", "--mask-ratio 1"),
@@ -576,6 +579,16 @@ def test_readme_snippets(tmp_path, monkeypatch):
     names = {"images": torch.randn(2, 3, 224, 224)}
     exec(released, names)
     assert torch.equal(names["pooled"], encoder.encode(names["images"])[0])
+
+
+def test_readme_shows_what_mae_prints(capsys):
+    """The end of a run is that of docs/logs/mae.jsonl, printed as a run prints it."""
+    log = object.__new__(common.Log)
+    lines = (ROOT / "docs" / "logs" / "mae.jsonl").read_text().splitlines()
+    log.main, log.tests = True, [r for r in map(json.loads, lines) if "rank" in r]
+    log.summary(SimpleNamespace(out=str(ROOT / "docs")))
+    *table, _ = capsys.readouterr().out.splitlines()
+    assert len(table) == 6 and "\n".join(table) + "\nruns/mae: " in (ROOT / "README.md").read_text()
 
 
 def test_readme_tells_how_the_logs_end():
