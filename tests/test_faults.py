@@ -1010,7 +1010,7 @@ WRONG = [  # program, flags, what the one line has to say; in test_programs.py a
     ("pilamim", "--ema 0.9 nan", "--ema nan"),
     ("pilamim", "--cls-weight inf", "--cls-weight"),
     ("pilamim", "--decoder-depth 0", "--decoder-depth 0"),
-    ("pilamim", "--decoder-dim 15", "heads=2.*15"),
+    ("pilamim", "--decoder-dim 15", "--decoder-dim 15"),
     ("pilamim", "--data FILES/empty", "--data.*no image"),
     ("pilamim", "--clusters 16", "--clusters"),  # CAPI's
     ("capi", "--registers -4", "--registers -4"),
