@@ -11,8 +11,8 @@ Shape letters, the same in every file: B images, C channels, N patches of an ima
 P = patch * patch * C numbers of a patch, D encoder width, E decoder width, T tokens of any kind.
 """
 
-import argparse, contextlib, dataclasses, difflib, functools, importlib.metadata, itertools, json, math, os, platform, shutil
-import signal, subprocess, sys, time, typing, warnings, zipfile
+import argparse, contextlib, dataclasses, datetime, difflib, functools, importlib.metadata, itertools, json, math, os, platform
+import shutil, signal, subprocess, sys, time, typing, warnings, zipfile
 from pathlib import Path
 
 import numpy as np
@@ -744,7 +744,8 @@ def eval_batches(cfg, run, data, ids):
 
 def read_batches(crops, items, cfg, run):
     """Images decoded by worker processes, a batch per item, in the order of the items."""
-    cores, on_cpu = max(1, (os.cpu_count() or 1) // run.local_world), run.device.type == "cpu"
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # what we were given
+    cores, on_cpu = max(1, cores // run.local_world), run.device.type == "cpu"
     workers = cfg.workers if cfg.workers >= 0 else max(1, min(8, cores // (4 if on_cpu else 1)))
     if on_cpu and workers:  # threads that spin for cores which the workers hold would slow a step down tenfold
         torch.set_num_threads(min(torch.get_num_threads(), max(1, cores - workers)))
@@ -979,9 +980,9 @@ def check_ranges(cfg):
                 raise BadInput(f"--{name} {v} is not a number from {least} " + ("up" if most == math.inf else f"to {most}"))
 
 
-def start(cfg):
+def start(cfg, minutes=30):
     """Checks the flags, joins the processes, chooses device and precision. Returns the Config with its open values
-    (patch size, mean, std) filled in, and the Run."""
+    (patch size, mean, std) filled in, and the Run. Processes wait so many minutes for one another."""
     check_ranges(cfg)
     if not (len(cfg.crop_scale) == 2 and 0 < cfg.crop_scale[0] <= cfg.crop_scale[1] <= 1):
         raise BadInput(f"--crop-scale takes two shares, 0 < least <= most <= 1, not {' '.join(map(str, cfg.crop_scale))}")
@@ -1014,7 +1015,7 @@ def start(cfg):
     run = Run(device, amp, compiled, rank, world, local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     if world > 1:
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # torch 2.6 does not know its successor
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(minutes=minutes))
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 where autocast does not reach
 

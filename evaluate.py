@@ -543,7 +543,8 @@ def evaluate(cfg):
     world = int(os.environ.get("WORLD_SIZE", 1))  # a batch that it divides; nothing else is made of it
     mcfg, run = start(dataclasses.replace(
         trained, data=cfg.data or trained.data, img_size=cfg.img_size or trained.img_size, data_root=cfg.data_root,
-        workers=cfg.workers, device=cfg.device, amp=cfg.amp, batch_size=world, accum=1, compile="off"))
+        workers=cfg.workers, device=cfg.device, amp=cfg.amp, batch_size=world, accum=1, compile="off"),
+        minutes=600)  # the others wait while the first process fits the heads
     for number in (signal.SIGINT, signal.SIGTERM):  # nothing here has to be finished first
         signal.signal(number, signal.SIG_DFL)
     model, untrained = model.to(run.device), untrained.to(run.device)

@@ -302,7 +302,7 @@ def stream(*args):
         yield images
 mae.train_batches = stream
 join = common.dist.init_process_group
-common.dist.init_process_group = lambda backend: join(backend, timeout=datetime.timedelta(seconds=15))
+common.dist.init_process_group = lambda backend, **_: join(backend, timeout=datetime.timedelta(seconds=15))
 common.MODELS["toy"] = (32, 2, 2)
 common.SHARED["model"] = ("model", "", ("toy",))
 common.main(mae.train, mae.Config, "")
