@@ -22,7 +22,7 @@ Left alone they would all become one, so the sorting is forced to be balanced (S
       --drop-path 0.2 --clip-grad 0                         the paper's ViT-L/14 recipe: 500,000 steps, as passes over
                                                             ImageNet-1k (a larger set takes fewer); not run at that scale
 
-Result of the first (seeds 0, 1, 2; two CPU cores, 2 min 11 s): k-NN of the kind of the nearest object 36.3, 47.5, 43.5 %;
+Result of the first (seeds 0, 1, 2; two bf16 CPU cores, 2 min 11 s): k-NN of the nearest object's kind 36.3, 47.5, 43.5 %;
 untrained 23.3, 24.7, 22.8, raw pixels 26.1, 29.1, 28.0.
 
 Why position by position: patches in the middle of photographs differ from those at the rim. Balanced over all positions
