@@ -549,7 +549,8 @@ def train(cfg):
         scaler.unscale_(cluster_optimizer)
         student = [*model.student.parameters(), *model.student_head.parameters()]
         grad_norm = nn.utils.clip_grad_norm_(student, cfg.clip_grad or math.inf)  # the student's alone: nothing crosses
-        grad_norm = grad_norm + 0 * nn.utils.clip_grad_norm_(model.cluster_head.parameters(), math.inf)  # + 0, if finite
+        clusters_norm = nn.utils.get_total_norm([p.grad for p in model.cluster_head.parameters()])
+        grad_norm = grad_norm + 0 * clusters_norm  # which makes it nan where that one is not finite
         scaler.step(optimizer)
         scaler.step(cluster_optimizer)
         scaler.update()
