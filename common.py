@@ -559,8 +559,8 @@ def match_channels(image, chans):
 
 
 def open_image(path):
-    """One image file, decoded: PIL's picture of it; uint8 [c, H, W] where that has more than 8 bits, or four channels and
-    more, which come as .npy, uint8 [H, W, C]."""
+    """One image file, decoded: PIL's picture of it; uint8 [c, H, W] where that has more than 8 bits, or the file is a .npy,
+    uint8 [H, W, C], which is how more than four channels come."""
     if path.lower().endswith(".npy"):
         array = np.load(path, allow_pickle=False)
         if getattr(array, "dtype", None) != np.uint8 or array.ndim not in (2, 3) or not array.size:
