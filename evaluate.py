@@ -29,6 +29,7 @@ import os
 import signal
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -37,8 +38,8 @@ from tqdm import tqdm
 
 from common import (READ_ERRORS, BadInput, DropPath, Order, Pixels, centre_box, check_ranges, cut, denormalise, draw,
                     eval_batches, features_of, find_images, flag, knn_predict, load_data, main, normalise, pair, patch_grid,
-                    patchify, pca_colours, pixels_of, random_mask, raw_pixels, read_checkpoint, read_image, resize,
-                    save_picture, start, train_batches, warmup_cosine, writing)
+                    patchify, pca_colours, random_mask, raw_pixels, read_checkpoint, read_image, resize,
+                    save_picture, size_of, start, train_batches, warmup_cosine, writing)
 
 METHODS = {  # method: (class, where the blocks of its encoder are)
     "mae": ("MAE", "blocks"), "latent_mim": ("LatentMIM", "encoder.blocks"), "semantic_mim": ("SemanticMIM", "blocks"),
@@ -139,11 +140,15 @@ def encoder_of(model, method, pool, layer):
 # Data with a label per pixel
 # ---------------------------------------------------------------------------------------------------------------
 
+def labels_of(mask):  # PIL's picture of it -> [h, w]
+    return torch.from_numpy(np.asarray(mask if len(mask.getbands()) == 1 else mask.getchannel(0)))
+
+
 def with_masks(rows, count, cfg, what):
-    """(image uint8 [C, h, w], mask [h, w]) pairs -> Pixels at the size of the model: bicubic images, nearest masks."""
+    """(picture, mask [h, w]) pairs -> Pixels at the size of the model: bicubic images, nearest masks."""
     images, maps, size = [], [], pair(cfg.img_size)
     for image, mask in tqdm(rows, f"reading {what}", total=count, leave=False, disable=None):
-        box = centre_box(*image.shape[1:], size, 1.0)
+        box = centre_box(*size_of(image), size, 1.0)
         images.append(resize(cut(image, cfg.in_chans, box), size))
         maps.append(F.interpolate(cut(mask[None], 1, box)[None], size, mode="nearest")[0, 0])
     return Pixels(torch.stack(images), {}, torch.stack(maps))
@@ -161,7 +166,7 @@ def masked_sets(cfg, masks, root):
             except Exception as error:
                 why = " ".join(str(error).split())[:200]
                 raise BadInput(f"--data {cfg.data}: not under --data-root {root} ({why})") from error
-            rows = ((pixels_of(image), pixels_of(mask)[0]) for image, mask in data)
+            rows = ((image, labels_of(mask)) for image, mask in data)
             sets.append(with_masks(rows, len(data), cfg, cfg.data))
         return sets
     base = Path(cfg.data)
@@ -181,7 +186,7 @@ def masked_sets(cfg, masks, root):
             for path in paths:
                 try:
                     mask = Image.open((folder / path.relative_to(inside)).with_suffix(".png"))
-                    yield read_image(str(path), cfg.in_chans), pixels_of(mask)[0]
+                    yield read_image(str(path), cfg.in_chans), labels_of(mask)
                 except READ_ERRORS as error:
                     raise BadInput(f"{path} or its mask cannot be read ({error})") from error
         sets.append(with_masks(rows(), len(paths), cfg, inside))

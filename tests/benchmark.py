@@ -266,17 +266,19 @@ def print_images(folder, rounds):
     def decoding(some):
         for i in some:
             common.Image.open(paths[i]).convert("RGB")
-    speeds = {way.__name__: [] for way in (ours, theirs, decoding)}
+    taken = {way: [] for way in (theirs, ours, decoding)}
     for _ in range(rounds + 1):  # the first reads the files into memory
-        for way in (ours, theirs, decoding):
-            began = time.perf_counter()
-            for at in range(0, len(paths), 32):
+        for way in taken:
+            taken[way].append(0.0)
+        for at in range(0, len(paths), 32):
+            for way in taken:  # batch by batch, so that a slow second touches all alike
+                began = time.perf_counter()
                 way(range(at, min(at + 32, len(paths))))
-            speeds[way.__name__].append(len(paths) / (time.perf_counter() - began))
-    speeds = {name: statistics.median(rates[1:]) for name, rates in speeds.items()}
+                taken[way][-1] += time.perf_counter() - began
     print(f"{len(paths)} images of {folder} to 224 pixels, one core, images/s")
-    for name, what in (("theirs", "torchvision's usual pipeline on PIL"), ("ours", "common.py"), ("decoding", "decoding alone")):
-        print(f"{what:38}{speeds[name]:8.0f}{speeds[name] / speeds['theirs']:8.2f} x")
+    for way, what in ((theirs, "torchvision's usual pipeline on PIL"), (ours, "common.py"), (decoding, "decoding alone")):
+        ratio = statistics.median(usual_s / s for usual_s, s in zip(taken[theirs][1:], taken[way][1:]))
+        print(f"{what:38}{len(paths) / statistics.median(taken[way][1:]):8.0f}{ratio:8.2f} x")
 
 
 def main():
