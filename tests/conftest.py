@@ -5,7 +5,10 @@ import dataclasses
 import functools
 import importlib
 import io
+import itertools
 import json
+import multiprocessing
+import multiprocessing.connection
 import os
 import re
 import signal
@@ -132,6 +135,8 @@ def run_program(args, cwd=ROOT, env=None, nproc=1, program="mae.py", timeout=240
 
 def pytest_addoption(parser):
     parser.addoption("--long", action="store_true", help="the long form of the tests that do damage: half an hour")
+    parser.addoption("--processes", type=int, default=0, help="that share the tests; by default one a core and at most 8, "
+                     "but one alone with -s, --pdb, -x, a GPU, or fewer than 50 tests")
 
 
 def pytest_configure(config):
@@ -159,3 +164,69 @@ def restored(monkeypatch):
     torch.set_float32_matmul_precision(precision)
     for number, handler in handlers.items():
         signal.signal(number, handler)
+
+
+# -- the tests are shared among processes: nearly all of them use one core ------------------------------------------
+
+def how_many(session):
+    option = session.config.option
+    alone = (option.collectonly or option.usepdb or option.maxfail or option.capture == "no" or len(session.items) < 50
+             or sys.platform != "linux" or torch.cuda.device_count())  # a forked process cannot use a GPU
+    return option.processes or (1 if alone else min(8, len(os.sched_getaffinity(0))))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop(session):
+    """Forks, once everything is imported. A function and all its parameters are one share: whoever is free takes the next."""
+    if how_many(session) == 1:
+        return None  # pytest's own loop
+    fork, config, children = multiprocessing.get_context("fork"), session.config, {}
+    shares = [list(items) for _, items in itertools.groupby(session.items, lambda item: item.nodeid.split("[")[0])]
+    taken = fork.Value("i", 0)
+    for _ in range(how_many(session)):
+        told, tell = fork.Pipe(duplex=False)
+        children[told] = fork.Process(target=run_shares, args=(config, shares, taken, tell.send))
+        children[told].start()
+        tell.close()  # the child's alone, so that its end is the end of the pipe
+    try:
+        while children:
+            for told in multiprocessing.connection.wait(list(children)):
+                try:
+                    report = config.hook.pytest_report_from_serializable(config=config, data=told.recv())
+                except EOFError:
+                    child = children.pop(told)
+                    child.join()
+                    if child.exitcode:
+                        raise session.Failed(f"a process that ran tests died: {child.exitcode}") from None
+                    continue
+                config.hook.pytest_runtest_logreport(report=report)
+                if report.when == "teardown":
+                    config.hook.pytest_runtest_logfinish(nodeid=report.nodeid, location=report.location)
+    finally:
+        for child in children.values():
+            child.terminate()
+    return True
+
+
+def run_shares(config, shares, taken, tell):
+    """What a child does; its reports go to the parent, its captured output into files of its own."""
+    class Teller:
+        def pytest_runtest_logreport(self, report):
+            tell(config.hook.pytest_report_to_serializable(config=config, report=report))
+
+    def items():
+        while True:
+            with taken.get_lock():
+                taken.value += 1
+                mine = taken.value - 1
+            if mine >= len(shares):
+                return
+            yield from shares[mine]
+    config.pluginmanager.unregister(name="terminalreporter")
+    config.pluginmanager.register(Teller())
+    capture = config.pluginmanager.getplugin("capturemanager")
+    capture.stop_global_capturing()
+    capture.start_global_capturing()
+    capture.suspend_global_capture()
+    for item, following in itertools.pairwise(itertools.chain(items(), [None])):
+        config.hook.pytest_runtest_protocol(item=item, nextitem=following)

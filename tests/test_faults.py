@@ -104,7 +104,10 @@ class Programs:
     def run(self, job, **given):
         """-> exit status, what it said on stdout and on stderr."""
         status = self.wait(self.start(job, **given))
-        return status, *(Path(f"{self.told}.{number}").read_text() for number in (1, 2))
+        return status, *self.said()
+
+    def said(self, rank=""):  # on stdout, on stderr
+        return [Path(f"{self.told}{rank}.{number}").read_text() for number in (1, 2)]
 
     def run_together(self, job, count=2, **given):
         """The processes that torchrun would start -> their exit statuses."""

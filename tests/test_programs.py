@@ -27,6 +27,7 @@ import mae
 from common import MODELS, main, parse_args, read_checkpoint
 from conftest import (METHODS, MODULES, PICTURES, ROOT, TINY, environment, launch, losses, printed_commands, records,
                       run_program, tiny, tiny_flags, trained, write_images)
+from test_faults import all_programs, programs  # fixtures: the ranks of a run without torchrun, which imports torch for each
 
 each_method = pytest.mark.parametrize("method", METHODS)
 MORE_STEPS = ["--data", "shapes:80", "--epochs", "2", "--log-every", "1", "--eval-every", "0"]
@@ -48,13 +49,13 @@ def without_key_biases(state):
 @pytest.mark.parametrize("method, flags", [
     ("mae", ""), ("mae", "--accum 2"), ("semantic_mim", ""), ("pilamim", ""), ("capi", ""),
     ("latent_mim", "--sim-coeff 0"), ("latent_mim", "")])
-def test_two_processes_equal_one(tmp_path, method, flags):
+def test_two_processes_equal_one(programs, tmp_path, method, flags):
     flags = [*tiny_flags(method), *MORE_STEPS, *flags.split()]
     one = parse_args(MODULES[method].Config, argv=[*flags, "--out", str(tmp_path / "one")])
     assert MODULES[method].train(dataclasses.replace(one, accum=1)) == 0
-    two = run_program([*flags, "--out", tmp_path / "two"], nproc=2, program=f"{method}.py")
-    assert two.returncode == 0, two.stderr
-    assert "2 processes" in two.stdout and two.stdout.count("k-NN accuracy") == 1  # one process speaks
+    assert programs.run_together("program", method=method, argv=[*flags, "--out", str(tmp_path / "two")]) == [0, 0]
+    (spoken, _), (silence, _) = map(programs.said, (0, 1))
+    assert "2 processes" in spoken and spoken.count("k-NN accuracy") == 1 and not silence
     assert len(losses(tmp_path / "two")) == 5
     # to 1e-5, and to the last of the six digits that the log writes
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-5, rel=2e-6)
@@ -70,9 +71,10 @@ def test_two_processes_equal_one(tmp_path, method, flags):
     assert len(tests[0]) == 2 and tests[0][0] == tests[1][0]  # untrained: the same features
 
 
-def test_two_processes_stop_together_where_the_loss_is_not_finite(tmp_path):
-    done = run_program([*FIVE_STEPS, "--base-lr", "1e30", "--warmup-epochs", "0", "--out", tmp_path], nproc=2)
-    assert done.returncode == 1 and done.stderr.count("not finite since step") == 1
+def test_two_processes_stop_together_where_the_loss_is_not_finite(programs, tmp_path):
+    flags = [*FIVE_STEPS, "--base-lr", "1e30", "--warmup-epochs", "0", "--out", str(tmp_path)]
+    assert programs.run_together("program", method="mae", argv=flags) == [1, 1]
+    assert "".join(programs.said(0) + programs.said(1)).count("not finite since step") == 1
     assert not (tmp_path / "last.pt").exists()
 
 
@@ -485,8 +487,9 @@ TOY_FLAGS = ("--batch-size 32 --epochs 1 --model nano --img-size 32 --patch-size
 
 
 @pytest.mark.parametrize("command", all_commands())
-def test_printed_command_runs(command, tmp_path, monkeypatch, capsys):
-    """At toy size: small flags are added at the end, where the last counts; torchrun gets two processes."""
+def test_printed_command_runs(programs, command, tmp_path, monkeypatch, capsys):
+    """At toy size: small flags are added at the end, where the last counts; torchrun gets two processes. It really is
+    torchrun for the shortest command; the recipes' ranks are started without it, which spares three imports of torch each."""
     program, *words = shlex.split(command)
     folder = write_images(tmp_path / "images", 8)
     files = {"DIR": str(folder), "dalle_encoder.pth": str(write_tokenizer(tmp_path / "tokenizer.pth"))}
@@ -503,9 +506,12 @@ def test_printed_command_runs(command, tmp_path, monkeypatch, capsys):
         flags += ["--batch-size", "4"]
     else:
         flags += ["--data", "shapes:64"]
-    if program == "torchrun":
+    if program == "torchrun" and "2" in words[:script]:
         done = run_program(flags, nproc=2, program=words[script])
         assert done.returncode == 0, done.stderr
+    elif program == "torchrun":
+        method = words[script].removesuffix(".py")
+        assert programs.run_together("program", method=method, argv=flags) == [0, 0], programs.said(0) + programs.said(1)
     else:  # in this process: the same program, without the seconds that importing torch takes
         monkeypatch.setattr(sys, "argv", [words[script], *flags])
         try:
