@@ -808,7 +808,7 @@ SHARED = {  # the flags that all five methods have: group, help, choices
     "clip_grad": ("training", "largest gradient norm; 0 is no limit"),
     "seed": ("training", "all randomness follows from it"),
     "device": ("run", "where to compute", ("auto", "cpu", "cuda", "mps")),
-    "amp": ("run", "precision of products; auto: bf16 where the device is fast at it", ("auto", "bf16", "fp16", "off")),
+    "amp": ("run", "precision of products; auto: bf16 where the device is fast at it, else off", ("auto", "bf16", "fp16", "off")),
     "compile": ("run", "torch.compile; auto: on CUDA, and on a CPU for runs of an hour and more", ("auto", "on", "off")),
     "out": ("run", "folder for last.pt, log.jsonl and pictures"),
     "resume": ("run", "auto goes on from OUT/last.pt where there is one; no starts over; or a checkpoint to go on from"),
@@ -897,7 +897,7 @@ class Run:
     local_world: int = 1
     signal: int = 0  # the number of a signal that asked for the end
     warned: set = dataclasses.field(default_factory=set)  # what has been warned of; once is enough
-    broken: dict = dataclasses.field(default_factory=dict)  # images that could not be read: index, name
+    broken: dict = dataclasses.field(default_factory=dict)  # images of a set that could not be read: index, name
 
     @property
     def main(self):
@@ -964,13 +964,14 @@ class Run:
 
     def report_broken(self, data, broken):
         printable = lambda text: os.fsencode(text).decode(errors="backslashreplace")  # a name may be no UTF-8
+        known = self.broken.setdefault(data, {})
         for i, why in broken:
-            if i not in self.broken:
-                self.broken[i] = printable(data.name(i))
-                tqdm.write(f"warning: cannot read {self.broken[i]} ({printable(why)}); the next readable image takes its place")
-        if len(self.broken) > max(1, len(data) // 100) or len(self.broken) == len(data):
-            raise BadHere(f"--data: {len(self.broken)} of {len(data)} images cannot be read, more than 1 %: "
-                           + ", ".join(list(self.broken.values())[:3]))
+            if i not in known:
+                known[i] = printable(data.name(i))
+                tqdm.write(f"warning: cannot read {known[i]} ({printable(why)}); the next readable image takes its place")
+        if len(known) > max(1, len(data) // 100) or len(known) == len(data):
+            raise BadHere(f"--data: {len(known)} of {len(data)} images cannot be read, more than 1 %: "
+                           + ", ".join(list(known.values())[:3]))
 
 
 def check_ranges(cfg):
@@ -1060,12 +1061,12 @@ def choose_device(name, local_rank):
 
 def choose_amp(name, device):
     if name == "auto" and device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else None
     if name == "auto":  # bf16 pays on a CPU that has the instructions (there up to 7 times fp32's rate), else it costs
         flags = Path("/proc/cpuinfo").read_text() if device.type == "cpu" and Path("/proc/cpuinfo").exists() else ""
         return torch.bfloat16 if "avx512_bf16" in flags or "amx_bf16" in flags else None
-    if name == "fp16" and device.type == "cpu":
-        raise BadInput("--amp fp16 is for GPUs; on the CPU take bf16 or off")
+    if name == "fp16" and device.type != "cuda":
+        raise BadInput(f"--amp fp16 is for CUDA's GPUs; on {device.type} take bf16 or off")
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[name]
 
 
@@ -1195,7 +1196,7 @@ def save_checkpoint(path, state):
 
 class Log:
     """OUT/log.jsonl: a header record, then one record per line; also keeps the run folder writable or says so. Opened
-    by a run that resumes at a step, it first drops what was logged after it."""
+    by a run that resumes at a step, it first drops what was logged after it, and adds its header if that is another."""
 
     def __init__(self, cfg, method, run, step):
         self.path, self.main = Path(cfg.out, "log.jsonl"), run.main
@@ -1214,7 +1215,9 @@ class Log:
                 records = [json.loads(line) for line in lines if line.endswith("}")]  # the last may be torn
             except json.JSONDecodeError as error:
                 raise BadInput(f"{self.path}: no log of a run ({error})") from error
-            records = [r for r in records if "step" not in r or r["step"] <= step] or [header]
+            records = [r for r in records if "step" not in r or r["step"] <= step]
+            header = json.loads(json.dumps(header))  # tuples become lists, as in the log
+            records += [header] * (header != next((r for r in reversed(records) if "config" in r), None))
             part = self.path.with_name("log.jsonl.part")
             part.write_text("".join(json.dumps(r) + "\n" for r in records))
             part.replace(self.path)

@@ -491,6 +491,14 @@ def export_encoder(model, method):
     return out, sorted(state.keys() - taken)
 
 
+def timms_vit(state, model, method):
+    """The call that makes the ViT of timm's which such a state fits strictly."""
+    blocks, (dim, chans, p, _) = model.get_submodule(METHODS[method][1]), state["patch_embed.proj.weight"].shape
+    return (f"timm.models.vision_transformer.VisionTransformer(img_size={tuple(n * p for n in model.grid)}, patch_size={p}, "
+            f"in_chans={chans}, embed_dim={dim}, depth={len(blocks)}, num_heads={blocks[0].attn.heads}, num_classes=0, "
+            f"norm_layer=functools.partial(torch.nn.LayerNorm, eps={blocks[0].norm1.eps}))")
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # All of it
 # ---------------------------------------------------------------------------------------------------------------
@@ -542,8 +550,7 @@ def evaluate(cfg):
         print(f"{cfg.export}: {len(state)} tensors, {sum(t.numel() for t in state.values()) / 1e6:.2f} M numbers; left out:")
         for part in sorted({name.split(".")[0] for name in left}):
             print(f"  {part}: {sum(name.split('.')[0] == part for name in left)} tensors")
-        if method == "pilamim":
-            print("its norms have eps 1e-5: timm.create_model(..., norm_layer=functools.partial(torch.nn.LayerNorm, eps=1e-5))")
+        print(f"it loads into {timms_vit(state, model, method)}")
         return 0
     world = int(os.environ.get("WORLD_SIZE", 1))  # a batch that it divides; nothing else is made of it
     mcfg, run = start(dataclasses.replace(
@@ -572,9 +579,11 @@ def evaluate(cfg):
     table, choices = {row: {} for row in rows}, {row: {} for row in rows}
     for probe in cfg.probe:
         for row, (way, which) in rows.items():
-            if row == "raw pixels" and probe not in ("knn", "linear"):
-                continue  # they have no patch features, and nothing to tune
-            scores, chosen = run_probe(probe, way, which, method, mcfg, run, sets, cfg)
+            if row == "raw pixels" and probe in ("attentive", "finetune"):
+                continue  # there is nothing to tune, and a query over raw patches would take as long as the encoder's
+            if row == "raw pixels" and probe.startswith("seg"):
+                way = lambda images: (None, patchify(images, model.patch_size))
+            scores, chosen = run_probe(probe, way, which or model, method, mcfg, run, sets, cfg)
             table[row] |= {f"{probe} {name}": round(score, 2) for name, score in scores.items()}
             choices[row][probe] = chosen
             run.say(f"{row:12}" + "  ".join(f"{probe} {name} {score:.1f}" for name, score in scores.items()))

@@ -17,8 +17,8 @@ is in the loss, so what the encoder knows of an image it knows because the hidde
       --warmup-epochs 40 --base-lr 1.5e-4 --decoder-dim 512 --decoder-depth 8 --decoder-heads 16 --clip-grad 0
                                                            the paper's ImageNet recipe (Table 8); not run at that scale
 
-Result of the first (seeds 0, 1, 2; two bf16 CPU cores, 2 min 10 s): k-NN of the nearest object's kind 36.8, 43.9, 36.5 % from
-CLS and 48.0, 50.6, 51.0 % from the mean of the patches; untrained 26.5 and 23.7, raw pixels 26.1, 29.1, 28.0.
+Result of the first (seeds 0, 1, 2; two bf16 cores of an EPYC, torch 2.15, 2 min 10 s): k-NN of the nearest object's kind 36.8,
+43.9, 36.5 % from CLS and 48.0, 50.6, 51.0 % from the mean of the patches; untrained 26.5 and 23.7, raw pixels 26.1, 29.1, 28.0.
 
 Differs from the authors' program: the gradient is clipped at norm 1 unless --clip-grad 0; the last incomplete batch of
 an epoch is not dropped, batches run across the epoch's edge; decoder tokens stand visible first, masked after (order

@@ -53,6 +53,10 @@ def test_sincos_2d_by_loops():
         sincos_2d(30, torch.arange(2.0), torch.arange(2.0))
 
 
+def test_usual_patch():
+    assert [common.usual_patch(size) for size in ((32,), (64,), (96,), (224,), (32, 64))] == [4, 8, 8, 16, 8]
+
+
 def test_resize_positions():
     pos = torch.randn(1, 1 + 12, 8)
     assert torch.equal(resize_positions(pos, (3, 4), (3, 4)), pos)

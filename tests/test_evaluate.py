@@ -17,7 +17,7 @@ import common
 import evaluate
 from common import BadInput, knn_predict, main, save_picture
 from conftest import FIXTURES, ROOT, noise_image, printed_commands, run_program, write_images
-from evaluate import Config, METHODS, encoder_of, export_encoder, fit_heads, load_model, mean_iou, patch_labels, probe_images, tsne
+from evaluate import Config, METHODS, encoder_of, export_encoder, fit_heads, load_model, mean_iou, patch_labels, probe_images, timms_vit, tsne
 
 SMALL = {"mae": dict(img_size=32, patch_size=8, dim=32, depth=2, heads=2, decoder_dim=16, decoder_depth=1, decoder_heads=2),
          "latent_mim": dict(img_size=32, patch_size=8, dim=32, depth=2, heads=2, decoder_dim=16, decoder_depth=1,
@@ -137,12 +137,23 @@ def test_a_run_of_each_method_evaluates(tmp_path, monkeypatch, capsys, method):
     out, report = capsys.readouterr().out, json.loads((tmp_path / "last.eval.json").read_text())
     assert report["protocol"]["method"] == method and "encode" in report["protocol"]
     assert set(report["scores"]) == {"trained", "untrained", "raw pixels"}
-    assert {"knn kind k=1", "knn count k=20", "seg-knn mIoU"} <= set(report["scores"]["trained"])
+    for row in ("trained", "untrained", "raw pixels"):
+        assert {"knn kind k=1", "knn count k=20", "seg-knn mIoU"} <= set(report["scores"][row])
     assert all(0 <= score <= 100 for row in report["scores"].values() for score in row.values())
     pictures = {p.name for p in tmp_path.glob("*.png")}
     assert {"eval_pca.png", "eval_tsne_kind.png", "eval_tsne_patches.png"} <= pictures and all(name in out for name in pictures)
     assert ("eval_reconstruction.png" in pictures) == (method in ("mae", "pilamim"))
     assert ("eval_attention.png" in pictures) == (method == "semantic_mim")
+
+
+def test_pool_and_layer_are_in_the_protocol(tmp_path, monkeypatch):
+    path, told = checkpoint(tmp_path / "last.pt", "mae"), []
+    for flags in (["--pool", "cls"], ["--pool", "mean"], ["--pool", "mean", "--layer", 0], ["--pool", "mean", "--layer", 0]):
+        assert run(monkeypatch, path, "--probe", "knn", *flags) == 0
+        told.append(json.loads((tmp_path / "last.eval.json").read_text()))
+    assert [(t["protocol"]["pool"], t["protocol"]["layer"]) for t in told] == [("cls", -1), ("mean", -1), ("mean", 0), ("mean", 0)]
+    scores = [t["scores"]["trained"] for t in told]
+    assert scores[0] != scores[1] != scores[2] == scores[3]
 
 
 @pytest.mark.parametrize("name, method", [("mae", "mae"), ("latent_mim", "latent_mim"), ("semantic_mim_hog", "semantic_mim"),
@@ -251,13 +262,25 @@ def test_export_under_timms_names(method):
 def test_timm_gives_the_same_features(method):
     timm = pytest.importorskip("timm")
     model, images = small(method), torch.randn(2, 3, 32, 32)
-    eps = model.encoder.norm.eps if method == "pilamim" else 1e-6  # timm's is 1e-6; the export says where it has to be told
-    vit = timm.models.vision_transformer.VisionTransformer(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=0,
-                                                           norm_layer=functools.partial(torch.nn.LayerNorm, eps=eps)).eval()
     state, _ = export_encoder(model, method)
+    vit = eval(timms_vit(state, model, method), {"timm": timm, "functools": functools, "torch": torch}).eval()  # as printed
     vit.load_state_dict(state, strict=True)
-    patches = model.encoder.norm(model.encode(images)[1]) if method == "latent_mim" else model.encode(images)[1]
-    torch.testing.assert_close(vit.forward_features(images)[:, 1:], patches, rtol=1e-5, atol=1e-5)
+    pooled, patches = model.encode(images)
+    tokens = vit.forward_features(images)
+    patches = model.encoder.norm(patches) if method == "latent_mim" else patches
+    torch.testing.assert_close(tokens[:, 1:], patches, rtol=1e-5, atol=1e-5)
+    if method in ("mae", "pilamim"):  # the others pool no CLS
+        torch.testing.assert_close(tokens[:, 0], pooled, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_patches_of_encode_are_row_major(method):
+    """One patch of the image is changed: its own feature changes most."""
+    model, images = small(method), torch.randn(2, 3, 32, 32)
+    changed = images.clone()
+    changed[:, :, 8:16, 24:32] += torch.randn(2, 3, 8, 8)  # row 1, column 3 of a 4 x 4 grid
+    before, after = (model.encode(x)[1] for x in (images, changed))
+    assert ((after - before).norm(dim=-1).argmax(1) == 1 * 4 + 3).all()
 
 
 @pytest.mark.parametrize("method", METHODS)

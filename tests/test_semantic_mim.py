@@ -211,6 +211,11 @@ def test_tokenizer_file(tmp_path):
             Tokenizer(state | {name + "x": state[name]})
 
 
+def test_dvae_without_tokens_is_named():
+    with pytest.raises(BadInput, match="tokens"):
+        SemanticMIM(img_size=32, patch_size=8, dim=32, depth=2, heads=2, **DVAE)(torch.randn(2, 3, 32, 32))
+
+
 def test_dvae_loss_by_loops():
     model, images, mask, tokens = small(**DVAE), torch.randn(2, 3, 32, 32), some_mask(2), torch.randint(0, 16, (2, 16))
     visible, masked = split_ids(mask, 4)

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import sys
 from types import SimpleNamespace
 
@@ -153,6 +154,23 @@ PARTS = {  # of the loss, and what tells whether a method is well
     "pilamim": {"pixel_loss", "latent_loss", "cls_loss", "loss_of_mean", "pred_std", "target_std"},
     "capi": {"capi_loss", "clustering_loss", "target_entropy", "clusters_used", "pred_std", "target_std"},
 }
+
+
+def test_a_header_for_every_way_it_was_run(tmp_path):
+    for changes in (dict(epochs=1), dict(epochs=2), dict(epochs=2, log_every=2)):
+        assert mae.train(tiny(tmp_path, **changes)) == 0
+    assert [r["config"]["epochs"] for r in records(tmp_path) if "config" in r] == [1, 2]  # the third run had nothing to do
+    assert [r["step"] for r in records(tmp_path) if "loss" in r] == [1, 2, 3, 4]
+
+
+@each_method
+def test_nothing_is_fetched(tmp_path, monkeypatch, method):
+    """Neither weights nor data: a default run opens no connection."""
+    def refuse(*args, **kwargs):
+        raise AssertionError(f"a connection: {args}")
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    trained(tiny(tmp_path, method), method)
 
 
 @each_method
