@@ -14,6 +14,7 @@ import re
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -170,7 +171,7 @@ def restored(monkeypatch):
 
 def how_many(session):
     option = session.config.option
-    alone = (option.collectonly or option.usepdb or option.maxfail or option.capture == "no" or len(session.items) < 50
+    alone = (session.testsfailed or option.collectonly or option.usepdb or option.maxfail or option.capture == "no" or len(session.items) < 50
              or sys.platform != "linux" or torch.cuda.device_count())  # a forked process cannot use a GPU
     return option.processes or (1 if alone else min(8, len(os.sched_getaffinity(0))))
 
@@ -192,13 +193,17 @@ def pytest_runtestloop(session):
         while children:
             for told in multiprocessing.connection.wait(list(children)):
                 try:
-                    report = config.hook.pytest_report_from_serializable(config=config, data=told.recv())
+                    kind, data = told.recv()
                 except EOFError:
                     child = children.pop(told)
                     child.join()
                     if child.exitcode:
                         raise session.Failed(f"a process that ran tests died: {child.exitcode}") from None
                     continue
+                if kind == "warning":
+                    config.hook.pytest_warning_recorded.call_historic(kwargs=data)
+                    continue
+                report = config.hook.pytest_report_from_serializable(config=config, data=data)
                 config.hook.pytest_runtest_logreport(report=report)
                 if report.when == "teardown":
                     config.hook.pytest_runtest_logfinish(nodeid=report.nodeid, location=report.location)
@@ -212,7 +217,12 @@ def run_shares(config, shares, taken, tell):
     """What a child does; its reports go to the parent, its captured output into files of its own."""
     class Teller:
         def pytest_runtest_logreport(self, report):
-            tell(config.hook.pytest_report_to_serializable(config=config, report=report))
+            tell(("report", config.hook.pytest_report_to_serializable(config=config, report=report)))
+
+        def pytest_warning_recorded(self, warning_message, when, nodeid, location):
+            plain = UserWarning(f"{warning_message.category.__name__}: {warning_message.message}")  # as it is it may not travel
+            warning_message = warnings.WarningMessage(plain, UserWarning, warning_message.filename, warning_message.lineno)
+            tell(("warning", dict(warning_message=warning_message, when=when, nodeid=nodeid, location=location)))
 
     def items():
         while True:
