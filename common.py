@@ -11,8 +11,8 @@ Shape letters, the same in every file: B images, C channels, N patches of an ima
 P = patch * patch * C numbers of a patch, D encoder width, E decoder width, T tokens of any kind.
 """
 
-import argparse, contextlib, dataclasses, datetime, difflib, functools, importlib.metadata, itertools, json, math, os, platform
-import shutil, signal, subprocess, sys, time, typing, warnings, zipfile
+import argparse, atexit, contextlib, dataclasses, datetime, difflib, functools, importlib.metadata, itertools, json, math
+import multiprocessing, os, platform, shutil, signal, subprocess, sys, time, typing, warnings, zipfile
 from pathlib import Path
 
 import numpy as np
@@ -445,10 +445,10 @@ def shapes_set(cfg, start, n, run):
     return Pixels(torch.cat(images), labels, torch.cat(maps))
 
 
-def named_set(cfg, options, run):
+def fetch(name, options, cfg, run):
     """One of torchvision's sets; downloaded by the first process of a machine, if need be."""
     import torchvision.datasets
-    kind, small = getattr(torchvision.datasets, NAMED[cfg.data][0]), NAMED[cfg.data][3]
+    kind = getattr(torchvision.datasets, name)
     for turn in (True, False):  # the first process of each machine, then the others
         if turn == (run.local_rank == 0):
             try:
@@ -460,7 +460,12 @@ def named_set(cfg, options, run):
                     raise BadInput(f"--data {cfg.data}: not under --data-root {cfg.data_root}, and the download "
                                    f"failed ({' '.join(str(error).split())[:200]})") from error
         run.barrier()
-    data = Named(cfg.data, data, cfg.in_chans)
+    return data
+
+
+def named_set(cfg, options, run):
+    kind, *_, small = NAMED[cfg.data]
+    data = Named(cfg.data, fetch(kind, options, cfg, run), cfg.in_chans)
     if not small:
         return data
     try:
@@ -752,7 +757,10 @@ def read_batches(crops, items, cfg, run):
     loader = torch.utils.data.DataLoader(crops, batch_sampler=items, num_workers=workers, collate_fn=tuple,
                                          worker_init_fn=worker_signals, pin_memory=run.device.type == "cuda",
                                          prefetch_factor=4 if workers else None)
-    return iter(loader)
+    batches = iter(loader)
+    atexit.unregister(end_workers)
+    atexit.register(end_workers)  # again, so that it comes before what this loader leaves to the end
+    return batches
 
 
 def normalise(images, cfg):
@@ -1038,9 +1046,19 @@ def start(cfg, minutes=30):
 
 
 def worker_signals(_):
-    """Loader processes leave Ctrl-C to their parent and end when it says so."""
+    """Loader processes leave signals to their parent: torchrun, `timeout` and Slurm send them to the whole group, and the step
+    that the parent wants to finish needs its images."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def end_workers():
+    """When a run leaves with an error its workers are still there, and would be asked to end by the signal that they ignore."""
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # else torch takes their end for an accident
+    for worker in multiprocessing.active_children():
+        if worker.daemon:
+            worker.kill()
 
 
 def choose_device(name, local_rank):
@@ -1161,7 +1179,8 @@ def resume(cfg, method, run, **parts):
         raise BadInput(f"{path}: made with another Config ({'; '.join(differ)}); take another --out, or --resume no")
     try:
         for name, part in parts.items():
-            part.load_state_dict(state[name])
+            if state[name] or name != "scaler":  # whose state is empty where it was off
+                part.load_state_dict(state[name])
         name = "rng"
         torch.set_rng_state(state[name])
     except Exception as error:  # names, sizes, kinds: torch has an error of its own for each

@@ -37,8 +37,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from common import (READ_ERRORS, BadInput, DropPath, Order, Pixels, centre_box, check_ranges, cut, denormalise, draw,
-                    eval_batches, features_of, find_images, flag, knn_predict, load_data, main, normalise, pair, patch_grid,
-                    patchify, pca_colours, random_mask, raw_pixels, read_checkpoint, read_image, resize,
+                    eval_batches, features_of, fetch, find_images, flag, knn_predict, load_data, main, normalise, pair,
+                    patch_grid, patchify, pca_colours, random_mask, raw_pixels, read_checkpoint, read_image, resize,
                     save_picture, size_of, start, train_batches, warmup_cosine, writing)
 
 METHODS = {  # method: (class, where the blocks of its encoder are)
@@ -127,6 +127,8 @@ def encoder_of(model, method, pool, layer):
             pooled, patches = model.encode(images)
         finally:
             hook.remove()
+        if pool in ("cls", "both") and kept[0].shape[1] == patches.shape[1]:
+            raise BadInput(f"--pool {pool}: this encoder has neither CLS nor registers")
         front, tokens = kept[0][:, :-patches.shape[1]], kept[0][:, -patches.shape[1]:]  # CLS, registers or proxies; patches
         patches = patches if layer < 0 else tokens
         own_cls = layer < 0 and method in ("mae", "pilamim")  # their pooled feature is CLS after the final norm
@@ -140,8 +142,16 @@ def encoder_of(model, method, pool, layer):
 # Data with a label per pixel
 # ---------------------------------------------------------------------------------------------------------------
 
-def labels_of(mask):  # PIL's picture of it -> [h, w]
-    return torch.from_numpy(np.asarray(mask if len(mask.getbands()) == 1 else mask.getchannel(0)))
+def labels_of(mask):
+    """PIL's picture of a mask -> the number of each pixel's class, uint8 [h, w]."""
+    labels = np.asarray(mask)  # of a palette its indices
+    if labels.ndim == 3:
+        if labels.shape[2] > 2 and (labels[..., :3] != labels[..., :1]).any():
+            raise ValueError("a mask in colours; one number per pixel is needed")
+        labels = labels[..., 0]
+    if not 0 <= labels.min() <= labels.max() <= 255:
+        raise ValueError(f"a mask with labels from {labels.min()} to {labels.max()}; they are to be 0 to 255")
+    return torch.from_numpy(labels.astype(np.uint8))
 
 
 def with_masks(rows, count, cfg, what):
@@ -154,18 +164,13 @@ def with_masks(rows, count, cfg, what):
     return Pixels(torch.stack(images), {}, torch.stack(maps))
 
 
-def masked_sets(cfg, masks, root):
+def masked_sets(cfg, masks, run):
     """Training and test set with masks: one of torchvision's, or folders."""
     if cfg.data in MASKED:
-        import torchvision.datasets
         name, train, test, options = MASKED[cfg.data]
         sets = []
         for split in (train, test):
-            try:
-                data = getattr(torchvision.datasets, name)(root, download=not Path(root).is_dir(), **split, **options)
-            except Exception as error:
-                why = " ".join(str(error).split())[:200]
-                raise BadInput(f"--data {cfg.data}: not under --data-root {root} ({why})") from error
+            data = fetch(name, split | options, cfg, run)
             rows = ((image, labels_of(mask)) for image, mask in data)
             sets.append(with_masks(rows, len(data), cfg, cfg.data))
         return sets
@@ -186,9 +191,12 @@ def masked_sets(cfg, masks, root):
             for path in paths:
                 try:
                     mask = Image.open((folder / path.relative_to(inside)).with_suffix(".png"))
-                    yield read_image(str(path), cfg.in_chans), labels_of(mask)
+                    image, labels = read_image(str(path), cfg.in_chans), labels_of(mask)
+                    if size_of(image) != tuple(labels.shape):
+                        raise ValueError("{} x {} pixels and {} x {} of the mask".format(*size_of(image), *labels.shape))
+                    yield image, labels
                 except READ_ERRORS as error:
-                    raise BadInput(f"{path} or its mask cannot be read ({error})") from error
+                    raise BadInput(f"{path} or its mask cannot be used ({error})") from error
         sets.append(with_masks(rows(), len(paths), cfg, inside))
     return sets
 
@@ -323,6 +331,14 @@ def probe_pixels(probe, train, train_maps, test, test_maps, p, cfg):
     return {"mIoU": miou, "pixels": right}, chosen
 
 
+def layer_of(name, prefix, depth):
+    """Of a parameter: 0 before the blocks, 1 to depth in them, depth + 1 after them (norms, and what CAPI predicts with)."""
+    if name.startswith(prefix):
+        return int(name[len(prefix):].split(".")[0]) + 1
+    after = ".norm." in f".{name}" and "blocks" not in name or "predictor" in name or name.endswith("teacher.mask_token")
+    return depth + 1 if after else 0
+
+
 def finetune(model, method, mcfg, run, train_set, val_set, cfg):
     """The whole encoder on the first label, end to end -> scores, choices."""
     model, batch = copy.deepcopy(model).train(), min(128, len(train_set))
@@ -334,16 +350,15 @@ def finetune(model, method, mcfg, run, train_set, val_set, cfg):
         rate = cfg.drop_path * depth / max(1, len(blocks) - 1)
         if isinstance(getattr(block, "drop_path", None), float):
             block.drop_path = rate
-        elif rate:
-            block.drop_path1, block.drop_path2 = DropPath(rate), DropPath(rate)
+        else:  # the rate of the pre-training goes too
+            block.drop_path1, block.drop_path2 = [DropPath(rate) if rate else nn.Identity() for _ in range(2)]
     with torch.no_grad():
         dim = model.encode(next(eval_batches(mcfg, run, val_set, torch.arange(1)))[0])[0].shape[1]
     head = nn.Linear(dim, int(y.max()) + 1).to(run.device)
     prefix, groups = METHODS[method][1] + ".", {}
     for full, p in model.requires_grad_(True).named_parameters():
-        layer = int(full[len(prefix):].split(".")[0]) + 1 if full.startswith(prefix) else len(blocks) + 1 if ".norm." in \
-            f".{full}" and "blocks" not in full else 0
-        groups.setdefault((cfg.layer_decay ** (len(blocks) + 1 - layer), p.ndim > 1), []).append(p)
+        below = len(blocks) + 1 - layer_of(full, prefix, len(blocks))
+        groups.setdefault((cfg.layer_decay ** below, p.ndim > 1), []).append(p)
     peak = cfg.finetune_lr * batch / 256
     optimizer = torch.optim.AdamW([{"params": ps, "scale": scale, "weight_decay": 0.05 * decayed} for (scale, decayed), ps in
                                    groups.items()] + [{"params": [*head.parameters()], "scale": 1.0}], lr=peak)
@@ -496,7 +511,8 @@ def timms_vit(state, model, method):
     blocks, (dim, chans, p, _) = model.get_submodule(METHODS[method][1]), state["patch_embed.proj.weight"].shape
     return (f"timm.models.vision_transformer.VisionTransformer(img_size={tuple(n * p for n in model.grid)}, patch_size={p}, "
             f"in_chans={chans}, embed_dim={dim}, depth={len(blocks)}, num_heads={blocks[0].attn.heads}, num_classes=0, "
-            f"norm_layer=functools.partial(torch.nn.LayerNorm, eps={blocks[0].norm1.eps}))")
+            f"norm_layer=functools.partial(torch.nn.LayerNorm, eps={blocks[0].norm1.eps})"
+            f"{', init_values=0.1' * ('blocks.0.ls1.gamma' in state)})")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -525,8 +541,10 @@ def run_probe(probe, encode, model, method, mcfg, run, sets, cfg):
     most = cfg.limit or (10**9 if probe in ("knn", "linear") else 1024 if probe.startswith("seg") else 4096)
     if probe == "finetune":
         return finetune(model, method, mcfg, run, train_set, val_set, cfg)
+    threads = torch.get_num_threads()
     take = (lambda pooled, patches: pooled.float()) if probe in ("knn", "linear") else lambda pooled, patches: patches.half()
     (train, train_labels), (test, test_labels) = (features_of(encode, mcfg, run, data, most, take) for data in sets)
+    torch.set_num_threads(threads)  # which reading a folder has lowered
     if not run.main:
         return {}, {}
     if probe in ("seg-knn", "seg-linear"):
@@ -562,7 +580,7 @@ def evaluate(cfg):
     model, untrained = model.to(run.device), untrained.to(run.device)
     encode, encode_untrained = (encoder_of(m, method, cfg.pool, cfg.layer) for m in (model, untrained))
     given = [given_image(path, mcfg) for path in cfg.images]  # read now, so that a typo is found before an hour of probing
-    sets = masked_sets(mcfg, cfg.masks, cfg.data_root) if cfg.masks or mcfg.data in MASKED else load_data(mcfg, run)
+    sets = masked_sets(mcfg, cfg.masks, run) if cfg.masks or mcfg.data in MASKED else load_data(mcfg, run)
     if (cfg.held_out or "finetune" in cfg.probe) and not hasattr(sets[0], "labels"):
         raise BadInput("--held-out and --probe finetune: only for a folder, or for a set that is held in memory")
     if cfg.held_out:

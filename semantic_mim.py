@@ -483,7 +483,8 @@ def train(cfg):
             waited += time.perf_counter() - began
             if cfg.jitter:
                 noise = draw((cfg.batch_size, 3), run.device, "jitter", cfg.seed, step)[run.rows(cfg, micro)]
-                images = normalise(255 * colour_jitter(denormalise(images, cfg), noise, cfg.jitter), cfg)
+                images = denormalise(images.contiguous(), cfg)  # channel by channel, for which photographs lie badly
+                images = normalise(255 * colour_jitter(images, noise, cfg.jitter), cfg)
             tokens = tokenizer(denormalise(images, cfg), model.grid) if tokenizer else None  # [m, N]
             # drawn for the global batch, of which some rows are ours: no mask depends on the number of processes
             noise = draw((cfg.batch_size, model.num_patches), run.device, "mask", cfg.seed, step)

@@ -137,7 +137,7 @@ def run_program(args, cwd=ROOT, env=None, nproc=1, program="mae.py", timeout=240
 def pytest_addoption(parser):
     parser.addoption("--long", action="store_true", help="the long form of the tests that do damage: half an hour")
     parser.addoption("--processes", type=int, default=0, help="that share the tests; by default one a core and at most 8, "
-                     "but one alone with -s, --pdb, -x, a GPU, or fewer than 50 tests")
+                     "one alone for fewer than 50 tests; always one with -s, --pdb, -x, or a GPU")
 
 
 def pytest_configure(config):
@@ -171,20 +171,23 @@ def restored(monkeypatch):
 
 def how_many(session):
     option = session.config.option
-    alone = (session.testsfailed or option.collectonly or option.usepdb or option.maxfail or option.capture == "no" or len(session.items) < 50
-             or sys.platform != "linux" or torch.cuda.device_count())  # a forked process cannot use a GPU
-    return option.processes or (1 if alone else min(8, len(os.sched_getaffinity(0))))
+    if (session.testsfailed or option.collectonly or option.usepdb or option.maxfail or getattr(option, "stepwise", False)
+            or option.capture == "no" or sys.platform != "linux" or torch.cuda.device_count()):  # a fork cannot use a GPU
+        return 1
+    return option.processes or (min(8, len(os.sched_getaffinity(0))) if len(session.items) >= 50 else 1)
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtestloop(session):
     """Forks, once everything is imported. A function and all its parameters are one share: whoever is free takes the next."""
-    if how_many(session) == 1:
+    count = how_many(session)
+    if count == 1:
         return None  # pytest's own loop
+    session.config._tmp_path_factory.getbasetemp()  # made before the fork: one folder for all, which pytest clears away
     fork, config, children = multiprocessing.get_context("fork"), session.config, {}
     shares = [list(items) for _, items in itertools.groupby(session.items, lambda item: item.nodeid.split("[")[0])]
     taken = fork.Value("i", 0)
-    for _ in range(how_many(session)):
+    for _ in range(count):
         told, tell = fork.Pipe(duplex=False)
         children[told] = fork.Process(target=run_shares, args=(config, shares, taken, tell.send))
         children[told].start()
@@ -198,7 +201,8 @@ def pytest_runtestloop(session):
                     child = children.pop(told)
                     child.join()
                     if child.exitcode:
-                        raise session.Failed(f"a process that ran tests died: {child.exitcode}") from None
+                        session.shouldfail = f"a process that ran tests died: {child.exitcode}"
+                        raise session.Failed(session.shouldfail) from None
                     continue
                 if kind == "warning":
                     config.hook.pytest_warning_recorded.call_historic(kwargs=data)
@@ -209,7 +213,7 @@ def pytest_runtestloop(session):
                     config.hook.pytest_runtest_logfinish(nodeid=report.nodeid, location=report.location)
     finally:
         for child in children.values():
-            child.terminate()
+            child.kill()  # a run in it would finish its step first
     return True
 
 
@@ -240,3 +244,4 @@ def run_shares(config, shares, taken, tell):
     capture.suspend_global_capture()
     for item, following in itertools.pairwise(itertools.chain(items(), [None])):
         config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+    common.end_workers()

@@ -7,9 +7,12 @@ import json
 import shlex
 import sys
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision.datasets
+from PIL import Image
 from torchvision.transforms.functional import to_pil_image
 
 import capi
@@ -17,7 +20,8 @@ import common
 import evaluate
 from common import BadInput, knn_predict, main, save_picture
 from conftest import FIXTURES, ROOT, noise_image, printed_commands, run_program, write_images
-from evaluate import Config, METHODS, encoder_of, export_encoder, fit_heads, load_model, mean_iou, patch_labels, probe_images, timms_vit, tsne
+from evaluate import (Config, METHODS, encoder_of, export_encoder, fit_heads, labels_of, layer_of, load_model, mean_iou,
+                      patch_labels, probe_images, timms_vit, tsne)
 
 SMALL = {"mae": dict(img_size=32, patch_size=8, dim=32, depth=2, heads=2, decoder_dim=16, decoder_depth=1, decoder_heads=2),
          "latent_mim": dict(img_size=32, patch_size=8, dim=32, depth=2, heads=2, decoder_dim=16, decoder_depth=1,
@@ -151,7 +155,8 @@ def test_pool_and_layer_are_in_the_protocol(tmp_path, monkeypatch):
     for flags in (["--pool", "cls"], ["--pool", "mean"], ["--pool", "mean", "--layer", 0], ["--pool", "mean", "--layer", 0]):
         assert run(monkeypatch, path, "--probe", "knn", *flags) == 0
         told.append(json.loads((tmp_path / "last.eval.json").read_text()))
-    assert [(t["protocol"]["pool"], t["protocol"]["layer"]) for t in told] == [("cls", -1), ("mean", -1), ("mean", 0), ("mean", 0)]
+    chosen = [(t["protocol"]["pool"], t["protocol"]["layer"]) for t in told]
+    assert chosen == [("cls", -1), ("mean", -1), ("mean", 0), ("mean", 0)]
     scores = [t["scores"]["trained"] for t in told]
     assert scores[0] != scores[1] != scores[2] == scores[3]
 
@@ -174,7 +179,7 @@ def test_released_files_evaluate(tmp_path, monkeypatch, name, method):
     assert not torch.allclose(untrained.encode(images)[1], model.encode(images)[1])
 
 
-def test_folders_with_masks(tmp_path, monkeypatch):
+def test_folders_with_masks(tmp_path, monkeypatch, capsys):
     path = checkpoint(tmp_path / "last.pt", "mae")
     for split in ("train", "val"):
         write_images(tmp_path / "data" / split, 6)
@@ -187,8 +192,48 @@ def test_folders_with_masks(tmp_path, monkeypatch):
     assert 0 <= json.loads((tmp_path / "last.eval.json").read_text())["scores"]["trained"]["seg-linear mIoU"] <= 100
     # without val/ there is nothing to test on: the training images would be scored
     assert run(monkeypatch, path, *flags, "--data", tmp_path / "data" / "train", "--masks", tmp_path / "data" / "trainannot") == 2
-    next((tmp_path / "data" / "valannot").iterdir()).unlink()
+    first = next((tmp_path / "data" / "valannot").iterdir())
+    to_pil_image(noise_image(1, 1, 20, 18) // 64).save(first)  # half of the image's size
     assert run(monkeypatch, path, *flags, "--masks", "trainannot", "valannot") == 2
+    assert "40 x 36 pixels and 20 x 18 of the mask" in capsys.readouterr().err
+    first.unlink()
+    assert run(monkeypatch, path, *flags, "--masks", "trainannot", "valannot") == 2
+
+
+def test_masks_of_every_kind():
+    classes = np.arange(6, dtype=np.uint8).reshape(2, 3)
+    grey = Image.fromarray(classes)
+    indices = Image.new("P", (3, 2))
+    indices.putdata(classes.flatten().tolist())
+    for mask in (grey, indices, Image.fromarray(classes.astype(np.uint16)), Image.fromarray(classes.astype(np.int32)),
+                 grey.convert("LA"), grey.convert("RGB"), grey.convert("RGBA")):
+        assert labels_of(mask).tolist() == classes.tolist() and labels_of(mask).dtype == torch.uint8, mask.mode
+    assert labels_of(Image.fromarray(classes > 2)).tolist() == (classes > 2).tolist()
+    with pytest.raises(ValueError, match="from 300 to 300"):
+        labels_of(Image.fromarray(np.full((2, 3), 300, np.uint16)))
+    with pytest.raises(ValueError, match="in colours"):
+        labels_of(Image.merge("RGB", [grey, grey.point(lambda v: v + 1), grey]))
+
+
+def test_a_set_with_masks_is_fetched(tmp_path, monkeypatch):
+    """The folder for data may be there already, for other sets."""
+    asked = []
+
+    def voc(root, download, image_set):
+        asked.append((root, download))
+        if not download:
+            raise RuntimeError("Dataset not found or corrupted. You can use download=True to download it")
+        return [(to_pil_image(noise_image(i)), to_pil_image(noise_image(i, 1) // 64)) for i in range(6)]
+    monkeypatch.setattr(torchvision.datasets, "VOCSegmentation", voc)
+    path = checkpoint(tmp_path / "last.pt", "mae")
+    assert run(monkeypatch, path, "--data", "voc", "--data-root", tmp_path, "--probe", "seg-knn") == 0
+    assert asked == [(str(tmp_path), False), (str(tmp_path), True)] * 2
+
+
+def test_no_cls_and_no_registers():
+    model = importlib.import_module("capi").CAPI(**SMALL["capi"] | {"registers": 0}).eval()
+    with pytest.raises(BadInput, match="neither CLS nor registers"):
+        encoder_of(model, "capi", "cls", -1)(torch.randn(2, 3, 32, 32))
 
 
 def test_held_out_never_sees_the_test_set(tmp_path, monkeypatch):
@@ -241,6 +286,27 @@ def test_finetuning_drops_paths(tmp_path, monkeypatch, method):
     assert max(rates) == 0.1
 
 
+@pytest.mark.parametrize("method, flags", [("semantic_mim", {"drop_path": 0.3}), ("capi", {"drop_path": 0.3})])
+def test_finetuning_forgets_the_drop_path_of_the_pre_training(tmp_path, monkeypatch, method, flags):
+    rates, real = [], capi.RotaryBlock.residual
+    monkeypatch.setattr(common.DropPath, "forward", lambda self, x: rates.append(self.rate * self.training) or x)
+    monkeypatch.setattr(capi.RotaryBlock, "residual", lambda self, *args: rates.append(self.drop_path * self.training)
+                        or real(self, *args))
+    path = checkpoint(tmp_path / "last.pt", method, **flags)
+    assert run(monkeypatch, path, "--probe", "finetune", "--finetune-epochs", 1, "--amp", "off", "--drop-path", 0) == 0
+    assert not any(rates)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_layers_of_fine_tuning(method):
+    model, prefix = small(method), METHODS[method][1] + "."
+    inside = prefix.removesuffix("blocks.")
+    layers = {name: layer_of(name, prefix, 2) for name, _ in model.named_parameters() if name.startswith(inside)}
+    assert all(layer == 0 for name, layer in layers.items() if name.startswith((f"{inside}patch_embed", f"{inside}cls_token")))
+    assert {layer for name, layer in layers.items() if name.startswith(prefix + "1.")} == {2}
+    assert {layer for name, layer in layers.items() if name.startswith((f"{inside}norm.", f"{inside}predictor."))} == {3}
+
+
 def test_finetuning_a_set_that_is_read_as_it_goes(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(evaluate, "load_data", lambda cfg, run: [common.Named("imagenette", [None] * 20, 3)] * 2)
     for flag in (["--probe", "finetune"], ["--held-out"]):
@@ -258,10 +324,12 @@ def test_export_under_timms_names(method):
     assert bool(left) and not any(name in state for name in left)
 
 
-@pytest.mark.parametrize("method", ["mae", "latent_mim", "semantic_mim", "pilamim"])
-def test_timm_gives_the_same_features(method):
+@pytest.mark.parametrize("method, layer_scale", [("mae", False), ("latent_mim", False), ("semantic_mim", False),
+                                                 ("semantic_mim", True), ("pilamim", False)])
+def test_timm_gives_the_same_features(method, layer_scale):
     timm = pytest.importorskip("timm")
     model, images = small(method), torch.randn(2, 3, 32, 32)
+    model = type(model)(**SMALL[method], target="dvae", vocab=16).eval() if layer_scale else model
     state, _ = export_encoder(model, method)
     vit = eval(timms_vit(state, model, method), {"timm": timm, "functools": functools, "torch": torch}).eval()  # as printed
     vit.load_state_dict(state, strict=True)

@@ -770,7 +770,7 @@ def test_broken_images_of_training_and_test_are_counted_apart(tmp_path, capsys):
     for part, count in (("train", 100), ("val", 10)):
         for kind in ("cats", "dogs"):
             write_images(tmp_path / "set" / part / kind, count)
-    broken = [tmp_path / "set" / "train" / "cats" / f"{i:03}.png" for i in (3, 7)] + [tmp_path / "set" / "val" / "cats" / "003.png"]
+    broken = [tmp_path / "set" / name for name in ("train/cats/003.png", "train/cats/007.png", "val/cats/003.png")]
     for path in broken:
         path.write_bytes(b"no image")
     trained(tiny(tmp_path / "run", data=str(tmp_path / "set"), eval_every=1))

@@ -189,7 +189,7 @@ def test_the_sections_of_the_five_are_alike():
 
 
 OWN_LINES = {  # of MAE's `train`, how many another's has not, and how many it has instead or besides
-    "latent_mim": (9, 16), "semantic_mim": (10, 21), "pilamim": (1, 4), "capi": (16, 39)}
+    "latent_mim": (9, 16), "semantic_mim": (10, 22), "pilamim": (1, 4), "capi": (16, 39)}
 
 
 @pytest.mark.parametrize("method", OWN_LINES)
@@ -213,16 +213,16 @@ def steps_logged(out):
     return [r["step"] for r in whole if "loss" in r]
 
 
-def start_and_interrupt(command, out, after, number):
-    """Starts a run, sends it a signal once it is past a step -> exit status and what it printed."""
+def start_and_interrupt(command, out, after, number, group=False):
+    """Starts a run, sends it (or its whole group) a signal once it is past a step -> exit status and what it printed."""
     run = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                           text=True)
+                           text=True, start_new_session=True)
     try:
         give_up = time.monotonic() + 120
         while not (steps := steps_logged(out)) or steps[-1] <= after:
             assert run.poll() is None and time.monotonic() < give_up, run.communicate()[0]
             time.sleep(0.05)
-        run.send_signal(number)
+        (os.killpg if group else os.kill)(run.pid, number)
         told = run.communicate(timeout=60)[0]
     finally:
         run.kill()
@@ -240,6 +240,36 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path):
     steps = steps_logged(tmp_path)
     assert steps == list(range(1, steps[-1] + 1)) and steps[-1] > stopped
     assert read_checkpoint(tmp_path / "last.pt")["step"] == steps[-1]
+
+
+def test_sigterm_to_a_run_and_its_workers(tmp_path):
+    """As `timeout` and Slurm send it, and torchrun to each of its processes: the worker lives until the step is done."""
+    flags = [*ENDLESS, "--data", write_images(tmp_path / "images", 64), "--workers", "1", "--log-every", "1"]
+    command = launch([*flags, "--out", tmp_path / "run"])
+    status, told = start_and_interrupt(command, tmp_path / "run", 2, signal.SIGTERM, group=True)
+    assert status == 143 and "stopped by a signal" in told and "Traceback" not in told, told
+    assert read_checkpoint(tmp_path / "run" / "last.pt")["step"] == steps_logged(tmp_path / "run")[-1]
+
+
+FAILING = """
+import sys
+sys.path[:0] = sys.argv[2:]
+import mae, common
+from conftest import tiny
+def fail(run, share):
+    raise ZeroDivisionError("in the middle of a run")
+common.Run.warn_if_data_bound = fail
+common.MODELS["toy"] = (32, 2, 2)
+mae.train(tiny(sys.argv[1] + "/run", data=sys.argv[1] + "/images", workers=1, epochs=1000))
+"""
+
+
+def test_an_error_ends_the_workers_too(tmp_path):
+    """They ignore the signal by which the loader would end them; called from somebody's own program, without `main`."""
+    write_images(tmp_path / "images", 64)
+    done = subprocess.run([sys.executable, "-c", FAILING, tmp_path, ROOT / "tests", ROOT], capture_output=True, text=True,
+                          env=environment(), timeout=120)
+    assert done.returncode == 1 and "ZeroDivisionError: in the middle of a run" in done.stderr, done.stderr
 
 
 def test_sigterm_to_two_processes(tmp_path):
