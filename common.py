@@ -765,12 +765,13 @@ def read_batches(crops, items, cfg, run):
 
 def normalise(images, cfg):
     """float 0..255 [B, C, H, W] -> (x / 255 - mean) / std per channel, in place."""
-    mean, std = 255 * per_channel(cfg.mean, images.device), 255 * per_channel(cfg.std, images.device)
+    mean, std = per_channel(cfg.mean, images.device), per_channel(cfg.std, images.device)
+    shift, scale = -mean / std, 1 / (255 * std)
     if images.is_contiguous(memory_format=torch.channels_last):  # three numbers at a time would take five times as long as a row
         rows, width = images.permute(0, 2, 3, 1).flatten(2), images.shape[3]  # [B, H, W * C]
-        rows.sub_(mean.flatten().repeat(width)).div_(std.flatten().repeat(width))
+        torch.addcmul(shift.flatten().repeat(width), rows, scale.flatten().repeat(width), out=rows)
     else:
-        images.sub_(mean).div_(std)
+        images.mul_(scale).add_(shift)
     return images
 
 

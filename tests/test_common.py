@@ -275,7 +275,7 @@ def test_normalise_and_back(tmp_path):
     normal = common.normalise(images.clone(), cfg)
     torch.testing.assert_close(normal[:, 1], (images[:, 1] / 255 - 0.2) / 0.6)
     torch.testing.assert_close(common.denormalise(normal, cfg), images / 255)
-    assert torch.equal(common.normalise(images.to(memory_format=torch.channels_last), cfg), normal)
+    torch.testing.assert_close(common.normalise(images.to(memory_format=torch.channels_last), cfg), normal)  # rounds once less
 
 
 @pytest.mark.parametrize("planes_first", [False, True])
