@@ -223,9 +223,10 @@ class Heads(nn.Module):
     def forward(self, x):  # [n, F], or tokens [n, N, F] -> [G, n, classes]
         if self.query is None:  # all heads in one product
             return (x @ self.weight.transpose(0, 1).flatten(1)).unflatten(1, (len(self.weight), -1)).transpose(0, 1) + self.bias
-        look = torch.einsum("ntf,gkf->gnkt", x, self.query) / x.shape[-1] ** 0.5
-        x = torch.einsum("gnkt,ntkd->gnkd", look.softmax(-1), x.unflatten(-1, (self.split, -1))).flatten(2)  # [G, n, F]
-        return x @ self.weight + self.bias
+        queries = self.query.transpose(0, 1).flatten(0, 1) / x.shape[-1] ** 0.5  # [8 G, F]
+        look = (queries @ x.transpose(1, 2)).softmax(-1).unflatten(1, (self.split, -1))  # [n, 8, G, N]
+        x = look @ x.unflatten(-1, (self.split, -1)).transpose(1, 2)  # [n, 8, G, F / 8]
+        return x.permute(2, 0, 1, 3).flatten(2) @ self.weight + self.bias
 
 
 def fit_heads(x, y, classes, cfg, queries=False, batch=1024):
