@@ -46,6 +46,7 @@ METHODS = {  # method: (class, where the blocks of its encoder are)
     "pilamim": ("PiLaMIM", "encoder.blocks"), "capi": ("CAPI", "teacher.blocks"),
 }
 PROBES = ("knn", "linear", "attentive", "seg-knn", "seg-linear", "finetune")
+ROWS = ("trained", "untrained", "raw")
 MASKED = {"voc": ("VOCSegmentation", {"image_set": "train"}, {"image_set": "val"}, {}),  # torchvision's sets with masks
           "pet_masks": ("OxfordIIITPet", {"split": "trainval"}, {"split": "test"}, {"target_types": "segmentation"})}
 
@@ -55,6 +56,7 @@ class Config:
     checkpoint: str = flag("", "a run's last.pt, or a file that the authors released (then with --method)", positional=True)
     method: str = flag("", "whose released file it is", ("", *METHODS))
     probe: tuple[str, ...] = flag(("knn", "linear"), "any of " + " ".join(PROBES), choices=PROBES)
+    rows: tuple[str, ...] = flag(ROWS, "what to score: any of " + " ".join(ROWS) + " (pixels)", choices=ROWS)
     pool: str = flag("own", "what stands for an image: the method's own choice, CLS (registers, proxies), the mean of the "
                      "patches, or both", ("own", "cls", "mean", "both"))
     layer: int = flag(-1, "which block's output, before any norm, from 0; -1: what the method's encode gives", least=-1)
@@ -595,6 +597,7 @@ def evaluate(cfg):
             raise BadInput(f"--probe {probe} needs labels: --data has no class folders (or no val/ with them)")
 
     rows = {"trained": (encode, model), "untrained": (encode_untrained, untrained), "raw pixels": (raw_pixels, None)}
+    rows = {row: ways for row, ways in rows.items() if row.split()[0] in cfg.rows}
     table, choices = {row: {} for row in rows}, {row: {} for row in rows}
     for probe in cfg.probe:
         for row, (way, which) in rows.items():

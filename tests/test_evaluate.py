@@ -150,14 +150,15 @@ def test_a_run_of_each_method_evaluates(tmp_path, monkeypatch, capsys, method):
     assert ("eval_attention.png" in pictures) == (method == "semantic_mim")
 
 
-def test_pool_and_layer_are_in_the_protocol(tmp_path, monkeypatch):
+def test_pool_and_layer_are_in_the_protocol_and_rows_are_those_asked_for(tmp_path, monkeypatch):
     path, told = checkpoint(tmp_path / "last.pt", "mae"), []
     for flags in (["--pool", "cls"], ["--pool", "mean"], ["--pool", "mean", "--layer", 0], ["--pool", "mean", "--layer", 0]):
-        assert run(monkeypatch, path, "--probe", "knn", *flags) == 0
+        assert run(monkeypatch, path, "--probe", "knn", "--rows", "trained", *flags) == 0
         told.append(json.loads((tmp_path / "last.eval.json").read_text()))
     chosen = [(t["protocol"]["pool"], t["protocol"]["layer"]) for t in told]
     assert chosen == [("cls", -1), ("mean", -1), ("mean", 0), ("mean", 0)]
-    scores = [t["scores"]["trained"] for t in told]
+    scores = [t["scores"].pop("trained") for t in told]
+    assert not any(t["scores"] for t in told)  # --rows had them left out
     assert scores[0] != scores[1] != scores[2] == scores[3]
 
 
