@@ -1,4 +1,4 @@
-"""Cluster and Predict Latents Patches for Improved Masked Image Modeling (Darcet et al., arXiv 2502.08769), in one file.
+"""Cluster and Predict Latent Patches for Improved Masked Image Modeling (Darcet et al., arXiv 2502.08769), in one file.
 
 A teacher, the slow moving average of the student, sees the whole image; its patch features are sorted into clusters, and
 for every hidden patch the student has to say which cluster the teacher's feature is in. Clusters are learned online.
@@ -14,16 +14,16 @@ Left alone they would all become one, so the sorting is forced to be balanced (S
     7. CAPI loss: softmax(student's logits / 0.12) against 3., trains the student only
   What is evaluated is the teacher (`encode`).
 
-  python capi.py                                            on pictures that common.py draws
-  python capi.py --data DIR --img-size 96 --out runs/mine   any folder of images, the same small model
-  torchrun --nproc_per_node 8 --nnodes 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 capi.py --data DIR --img-size 224 \
-      --patch-size 14 --model large --batch-size 16384 --epochs 6394 --warmup-epochs 639 --base-lr 1.5625e-5 \
-      --predictor-depth 12 --registers 16 --clusters 16384 --predict-share 0.05 --weight-decay 0.1 --ema 0.999 \
-      --drop-path 0.2 --clip-grad 0                         the paper's ViT-L/14 recipe: 500,000 steps, as passes over
-                                                            ImageNet-1k (a larger set takes fewer); not run at that scale
+  python capi.py                                                 on pictures that common.py draws
+  python capi.py --data DIR --img-size 96 --out runs/mine-capi   any folder of images, the same small model
+  torchrun --nproc_per_node 8 --nnodes 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 capi.py --out runs/capi-large \
+      --data DIR --img-size 224 --patch-size 14 --model large --batch-size 16384 --epochs 6394 --warmup-epochs 639 \
+      --base-lr 1.5625e-5 --predictor-depth 12 --registers 16 --clusters 16384 --predict-share 0.05 --weight-decay 0.1 \
+      --ema 0.999 --drop-path 0.2 --clip-grad 0                  the paper's ViT-L/14 recipe: 500,000 steps, as passes over
+                                                                 ImageNet-1k (a larger set takes fewer); not run at that scale
 
-Result of the first (seeds 0, 1, 2; two bf16 cores of an EPYC, torch 2.15, 2 min 11 s): k-NN of the nearest object's kind 36.3,
-47.5, 43.5 %; untrained 23.3, 24.7, 22.8, raw pixels 26.1, 29.1, 28.0.
+Result of the first, on one thread, seeds 0, 1, 2 (bf16, EPYC, torch 2.15; 2 min 11 s on two): k-NN of the nearest object's kind
+36.3, 47.5, 43.5 %; untrained 23.3, 24.7, 22.8, raw pixels 26.1, 29.1, 28.0.
 
 Why position by position: patches in the middle of photographs differ from those at the rim. Balanced over all positions
 together, clusters could tell positions apart and still be balanced; balanced separately at each, a cluster must say
@@ -31,7 +31,7 @@ something about content. The price: each position has only B samples for its K c
 paper: 16384 of both, over all ranks). With --clusters 0 K is the batch, and --accum makes the balanced batch smaller.
 
 Two temperatures: 0.06 makes the assignments, 0.12 the predictions. The sharper target pulls the predictions towards
-deciding; were both the same, any answer that is balanced already could stay as undecided as it is.
+deciding; with one temperature an undecided answer that is balanced would be its own target.
 
 Two losses, no shared gradient: assignments are constants for both; the teacher's features are constants for the
 clustering head; the clusters are constants for the student. Each has its own optimiser.
@@ -45,7 +45,7 @@ backward pass, and 9.6 GB of weights, gradients, averages and teacher: 50 GB at 
 Differs from the authors' program: all hidden patches are predicted unless --predict-share says otherwise (the paper's is
 0.05 and saves compute; the author has since advised about 0.2; at least one always is). The first Sinkhorn iteration is in
 logarithms, so that no row underflows. The student's gradient is clipped at norm 1 unless --clip-grad 0. The last
-incomplete batch of an epoch is not dropped. The numbers are the same.
+incomplete batch of an epoch is not dropped. Losses, features and gradient norms agree.
 """
 
 import dataclasses
@@ -76,7 +76,7 @@ from common import (MODELS, BadInput, Log, Mlp, PatchEmbed, attend, check_health
 @dataclasses.dataclass(frozen=True)
 class Config:
     mask_ratio: float = flag(0.65, "share of the patches that is masked (Sec. 4)")
-    predict_share: float = flag(1.0, "share of the masked patches that is predicted, at least 1; the paper's is 0.05",
+    predict_share: float = flag(1.0, "share of the masked patches that is predicted, at least one patch; the paper's is 0.05",
                                 least=0, most=1)
     clusters: int = flag(0, "K; 0: as many as the batch has images (the paper's ratio), at most 16384", least=0)
     registers: int = flag(4, "register tokens, a multiple of 4; the paper's ViT-L has 16", least=0)
@@ -124,7 +124,8 @@ def inverse_block(noise, grid, num_visible):
     clipped to fit, rounded up and cut to the exact count; then it is rolled around both axes to anywhere."""
     rows, columns = grid
     aspect = torch.exp(math.log(2) * (2 * noise[:, 0] - 1))
-    height = (num_visible * aspect).sqrt().ceil().clamp(min(rows, -(-num_visible // columns)), rows)  # [B]
+    fewest = min(rows, -(-num_visible // columns))  # rows that the count needs at full width
+    height = (num_visible * aspect).sqrt().ceil().clamp(fewest, rows)  # [B]
     width = (num_visible / height).ceil()[:, None]
     row, column = torch.meshgrid(*[torch.arange(n, device=noise.device) for n in grid], indexing="ij")
     row = (row.flatten() - (noise[:, 1:2] * rows).floor()).remainder(rows)  # [B, N], counted from the block's corner
@@ -242,7 +243,7 @@ class RotaryBlock(nn.Module):
         self.drop_path = drop_path
 
     def forward(self, x, rope, context=None, context_rope=None):  # [B, T, D]
-        tensors = rope if context is None else (*rope, context, *context_rope)
+        tensors = rope if context is None else (*rope, context, *context_rope)  # flat, so that drop path can pick images of each
 
         def attention(x, cos, sin, context=None, *context_rope):
             return self.attn(self.norm1(x), (cos, sin), context, context_rope)
@@ -375,13 +376,13 @@ class CAPI(nn.Module):
         """Teacher features [B, N, D] -> assignments [B, N, K] and the clustering loss. Positions do not know of each other,
         so that they can come in chunks; the logits of a chunk are made again in the backward pass."""
         def loss_of(x, assignments):
-            return cross_entropy(self.cluster_head(x), assignments) * x.shape[1]
+            return cross_entropy(self.cluster_head(x), assignments) * x.shape[1]  # a sum over the chunk's positions
         assignments, loss, chunk = [], 0, max(1, self.CHUNK // (len(target) * self.clusters))
         for x in target.split(chunk, 1):
             whole = chunk >= target.shape[1]  # all at once: the logits can stay
             with torch.set_grad_enabled(whole and torch.is_grad_enabled()):
                 logits = self.cluster_head(x)
-            assignments.append(sinkhorn(logits).to(logits.dtype))
+            assignments.append(sinkhorn(logits).to(logits.dtype))  # [B, n, K]
             if whole:
                 loss = cross_entropy(logits, assignments[0]) * x.shape[1]
             else:
@@ -528,7 +529,7 @@ def train(cfg):
         for group in [*optimizer.param_groups, *cluster_optimizer.param_groups]:
             group["lr"] = lr * group["scale"]
 
-        torch.manual_seed(seed_of("drop path", cfg.seed, step, run.rank))
+        torch.manual_seed(seed_of("drop path", cfg.seed, step, run.rank))  # of each process and step, so that it resumes
         values = 0
         for micro in range(cfg.accum):
             began = time.perf_counter()

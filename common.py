@@ -7,8 +7,9 @@ Four parts, in reading order:
   3. Data       the `shapes` pictures, named sets, folders; crops; the order of a run
   4. Running    flags, processes, schedules, parameter groups, checkpoints, log, health, pictures
 
-Shape letters, the same in every file: B images, C channels, N patches of an image, V visible, M masked,
-P = patch * patch * C numbers of a patch, D encoder width, E decoder width, T tokens of any kind.
+Shape letters, the same in every file: B images, C channels, N patches of an image, V visible, M masked, P = patch * patch * C
+numbers of a patch, D encoder width, E decoder width, T tokens of any kind, Q queries, R registers, K clusters or proxies; gh and
+gw, or G, patches along a side, d the width of a head.
 """
 
 import argparse, atexit, contextlib, dataclasses, datetime, difflib, functools, importlib.metadata, itertools, json, math
@@ -194,13 +195,13 @@ def patch_grid(img_size, patch_size):
 
 
 def sincos_2d(dim, rows, cols):
-    """Fixed positions [1, R * C, dim] for the coordinates rows [R] and cols [C]: the first half of the channels
+    """Fixed positions [1, gh * gw, dim] for the coordinates rows [gh] and cols [gw]: the first half of the channels
     encodes the column, the second the row, each as [sin(x w), cos(x w)] with w_i = 10000^(-i / (dim / 4))."""
     if dim % 4:
         raise BadInput(f"sin-cos positions need a width that 4 divides, not {dim}")
     w = 10000 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
-    wave = lambda x: torch.cat([(x.double()[:, None] * w).sin(), (x.double()[:, None] * w).cos()], 1)  # [R, dim / 2]
-    col, row = wave(cols)[None].expand(len(rows), -1, -1), wave(rows)[:, None].expand(-1, len(cols), -1)
+    wave = lambda x: torch.cat([(x.double()[:, None] * w).sin(), (x.double()[:, None] * w).cos()], 1)  # [gh or gw, dim / 2]
+    col, row = wave(cols)[None].expand(len(rows), -1, -1), wave(rows)[:, None].expand(-1, len(cols), -1)  # [gh, gw, dim / 2]
     return torch.cat([col, row], 2).flatten(0, 1)[None].float()
 
 

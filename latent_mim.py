@@ -14,23 +14,23 @@ that a neighbour's edge gives nothing away; and the likeness of an image's token
      + 0.1 (s(pred) - s*)^2 + 0.1 (s(visible) - s*)^2, s* from 0.75 to 0.25  similarity
   After training an image's feature is the mean of its patch tokens before the final norm (`encode`, g = 0).
 
-  python latent_mim.py                                            on pictures that common.py draws
-  python latent_mim.py --data DIR --img-size 96 --out runs/mine   any folder of images, the same small model
-  python latent_mim.py --loss l2 --ema 0 0 --sim-coeff 0          the naive variant (Fig. 3): watch it collapse
-  torchrun --nproc_per_node 8 latent_mim.py --data DIR --img-size 224 --model base --batch-size 4096 --epochs 800 \
-      --warmup-epochs 40 --base-lr 1.5e-4 --proj-dim 4096 --decoder-dim 512 --decoder-depth 3 --decoder-heads 16 --clip-grad 0
-                                                                  the paper's ImageNet recipe; not run at that scale
+  python latent_mim.py                                                     on pictures that common.py draws
+  python latent_mim.py --data DIR --img-size 96 --out runs/mine-latent     any folder of images, the same small model
+  python latent_mim.py --loss l2 --ema 0 0 --sim-coeff 0 --out runs/naive  the naive variant (Fig. 3): watch it collapse
+  torchrun --nproc_per_node 8 latent_mim.py --out runs/latent-base --data DIR --img-size 224 --model base --batch-size 4096 \
+      --epochs 800 --warmup-epochs 40 --base-lr 1.5e-4 --proj-dim 4096 --decoder-dim 512 --decoder-depth 3 --decoder-heads 16 \
+      --clip-grad 0                                                        the paper's ImageNet recipe; not run at that scale
 
-Result of the first (seeds 0, 1, 2; two bf16 cores of an EPYC, torch 2.15, 1 min 55 s): k-NN of the nearest object's kind 44.7,
-45.1, 45.3 %; untrained 25.5, 25.8, 24.2, raw pixels 26.1, 29.1, 28.0.
+Result of the first, on one thread, seeds 0, 1, 2 (bf16, EPYC, torch 2.15; 1 min 55 s on two): k-NN of the nearest object's kind
+44.7, 45.1, 45.3 %; untrained 25.5, 25.8, 24.2, raw pixels 26.1, 29.1, 28.0.
 
 Health: s(pred), s(visible) and s(target) are the mean cosines of an image's tokens to one another, 1 when all are the
 same. They show a collapse long before the loss does: s(target) near 1 means that the teacher says one thing of every
 patch. Healthy is s(pred) and s(visible) following s*, and s(target) well below 1.
 
 Differs from the authors' program: the gradient is clipped at norm 1 unless --clip-grad 0; the last incomplete batch of
-an epoch is not dropped; a visible share instead of a count, so that small grids work. The numbers are the same. (s is a
-mean over the images of a step, of all processes; with --accum over those of a micro-batch.)
+an epoch is not dropped; a visible share instead of a count, so that small grids work. Losses, features and gradient norms agree.
+(s is a mean over the images of a step, of all processes; with --accum over those of a micro-batch.)
 """
 
 import copy
@@ -246,7 +246,7 @@ class LatentMIM(nn.Module):
         super().__init__()
         check_decoder(decoder_dim, decoder_heads)
         self.grid, self.patch_size, self.gap = patch_grid(img_size, patch_size), patch_size, gap
-        self.tau, self.sim_coeff, self.sim_target, self.loss = tau, sim_coeff, sim_target, loss
+        self.tau, self.sim_coeff, self.sim_target, self.objective = tau, sim_coeff, sim_target, loss
         self.num_patches, self.num_visible = self.grid[0] * self.grid[1], num_visible  # N, V
         if not 2 <= num_visible <= self.num_patches - 2:
             raise BadInput(f"--visible-share: {num_visible} of {self.num_patches} patches visible; at least two must be, "
@@ -264,7 +264,7 @@ class LatentMIM(nn.Module):
     def forward(self, images, mask=None, num_visible=None, offsets=None, sim_target=None):
         """images [B, C, H, W] with gaps between the cells, or without; mask bool [B, N], True = masked, the same number
         in each row; offsets [B, N, 2], the place of each patch in its cell; sim_target, s* at this step. None draws one,
-        or takes the model's own. A GPU waits for the count of a mask without num_visible. -> loss, logs."""
+        or takes the model's own. Without num_visible a mask is counted, and a GPU waits for it. -> loss, logs."""
         if mask is None:
             mask = random_mask(torch.rand(len(images), self.num_patches, device=images.device),
                                self.num_patches - self.num_visible)
@@ -282,7 +282,7 @@ class LatentMIM(nn.Module):
         pred = self.decoder(latent, ids_visible, ids_masked).float()  # [B, M, D]
 
         with torch.autocast(images.device.type, enabled=False):  # cosines in float32
-            patch_loss = patch_discrimination(pred, target, self.tau) if self.loss == "patch" else F.mse_loss(pred, target)
+            patch_loss = patch_discrimination(pred, target, self.tau) if self.objective == "patch" else F.mse_loss(pred, target)
             s_pred, s_visible = (of_all_processes(similarity(t)) for t in (pred, latent[:, 1:].float()))
             loss = patch_loss + self.sim_coeff * ((s_pred - sim_target).square() + (s_visible - sim_target).square())
             logs = {"patch_loss": patch_loss.detach(), "s_pred": s_pred.detach(), "s_visible": s_visible.detach(),
@@ -384,7 +384,7 @@ def train(cfg):
     clock, waited, bad = time.perf_counter(), 0.0, torch.zeros((), device=run.device)
     logged = first
     for step in range(first + 1, total + 1):
-        lr = warmup_cosine(step - 1, total, warmup, peak_lr, peak_lr / 4, peak_lr / 4)
+        lr = warmup_cosine(step - 1, total, warmup, peak_lr, first=peak_lr / 4, last=peak_lr / 4)
         sim_target = torch.full((), cosine(step - 1, total, *cfg.sim_target), device=run.device)
         if step > 1:  # before the targets are computed; at first the teacher is a copy
             update_ema(model.teacher, model.encoder, cosine(step - 1, total, *cfg.ema))

@@ -8,21 +8,23 @@ is in the loss, so what the encoder knows of an image it knows because the hidde
     1. patches [B, N, P]; a random 75 % of them masked                       random_mask          Sec. 3, "Masking"
     2. visible patches + positions, CLS in front -> latent [B, 1 + V, D]     encode_visible       Sec. 3, "MAE encoder"
     3. latent and mask tokens + positions -> all patches [B, N, P]           decode               Sec. 3, "MAE decoder"
-    4. mean squared error on the masked patches, each one standardised       standardise, pixel_loss  Sec. 3, "Target"
+    4. mean squared error on the masked patches, each one standardised       pixel_loss           Sec. 3, "Reconstruction target"
   After training the decoder is thrown away; an image's feature is CLS after the final norm (`encode`).
 
   python mae.py                                            on pictures that common.py draws; see the result below
   python mae.py --data DIR --img-size 96 --out runs/mine   any folder of images, the same small model
-  torchrun --nproc_per_node 8 mae.py --data DIR --img-size 224 --model base --batch-size 4096 --epochs 800 \
+  torchrun --nproc_per_node 8 mae.py --out runs/mae-base --data DIR --img-size 224 --model base --batch-size 4096 --epochs 800 \
       --warmup-epochs 40 --base-lr 1.5e-4 --decoder-dim 512 --decoder-depth 8 --decoder-heads 16 --clip-grad 0
                                                            the paper's ImageNet recipe (Table 8); not run at that scale
 
-Result of the first (seeds 0, 1, 2; two bf16 cores of an EPYC, torch 2.15, 2 min 10 s): k-NN of the nearest object's kind 36.8,
-43.9, 36.5 % from CLS and 48.0, 50.6, 51.0 % from the mean of the patches; untrained 26.5 and 23.7, raw pixels 26.1, 29.1, 28.0.
+Result of the first, on one thread, seeds 0, 1, 2 (bf16, EPYC, torch 2.15; 2 min 10 s on two): k-NN of the nearest object's kind
+36.8, 43.9, 36.5 % from CLS and 48.0, 50.6, 51.0 % from the mean of the patches; untrained 26.5 and 23.7 (mean of the seeds), raw
+pixels 26.1, 29.1, 28.0.
 
 Differs from the authors' program: the gradient is clipped at norm 1 unless --clip-grad 0; the last incomplete batch of
 an epoch is not dropped, batches run across the epoch's edge; decoder tokens stand visible first, masked after (order
-is nothing to attention, positions travel with the tokens), which saves the unshuffling. The numbers are the same.
+is nothing to attention, positions travel with the tokens), which saves the unshuffling. Loss, features and gradient
+norms agree.
 """
 
 import dataclasses
@@ -54,8 +56,8 @@ class Config:
     decoder_dim: int = flag(64, "width of the decoder; the paper's is 512 (Table 1b)", least=1)
     decoder_depth: int = flag(1, "blocks of the decoder; the paper's is 8 (Table 1a)", least=1)
     decoder_heads: int = flag(2, "heads of the decoder; the paper's is 16", least=1)
-    crop_scale: tuple[float, ...] = (0.2, 1.0)  # Table 8
-    betas: tuple[float, ...] = (0.9, 0.95)
+    crop_scale: tuple[float, ...] = (0.2, 1.0)
+    betas: tuple[float, ...] = (0.9, 0.95)  # Table 8
 
     data: str = "shapes"
     data_root: str = "data"
@@ -96,7 +98,7 @@ def standardise(patches):
 
 
 def pixel_loss(pred, target):
-    """Mean squared error [B, M, P] -> scalar, in float32: computed on the masked patches only (Sec. 3, "MAE decoder")."""
+    """Mean squared error [B, M, P] -> scalar, in float32: computed on the masked patches only (Sec. 3)."""
     return (pred.float() - target).square().mean()
 
 
@@ -148,8 +150,8 @@ class MAE(nn.Module):
         return self.decoder_pred(self.decoder_norm(self.decoder_blocks(x)))[:, 1:]
 
     def forward(self, images, mask=None, num_visible=None):
-        """images [B, C, H, W]; mask bool [B, N], True = masked, the same number in each row; None draws one. A mask
-        handed in is counted, for which a GPU has to wait: say num_visible where that matters. -> loss, logs."""
+        """images [B, C, H, W]; mask bool [B, N], True = masked, the same number in each row; None draws one. Without
+        num_visible a mask is counted, and a GPU waits for it. -> loss, logs."""
         if mask is None:
             mask = random_mask(torch.rand(len(images), self.num_patches, device=images.device),
                                self.num_patches - self.num_visible)
@@ -158,7 +160,7 @@ class MAE(nn.Module):
         patches = patchify(images, self.patch_size)  # [B, N, P]
         latent = self.encode_visible(patches, ids_visible)  # [B, 1 + V, D]
         pred = self.decode(latent, ids_visible, ids_masked)[:, -ids_masked.shape[1]:]  # [B, M, P]
-        target = gather(patches, ids_masked)
+        target = gather(patches, ids_masked)  # [B, M, P]
         target = standardise(target)[0] if self.norm_pix else target
         loss = pixel_loss(pred, target)
         with torch.no_grad():  # a loss says little alone: the mean predictor's loss is the mark to be under

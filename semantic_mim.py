@@ -1,4 +1,5 @@
-"""SemanticMIM: masked image modelling with semantics compression (arXiv 2406.10673), in one file.
+"""SemanticMIM: Marring Masked Image Modeling with Semantics Compression for General Visual Representation (Yuan et al.,
+arXiv 2406.10673), in one file.
 
 If mask tokens can look at the visible patches they copy from their neighbours, and no token need know what the image is
 of. Here they may not: a few proxy tokens gather what the visible patches have to say (compression), and the mask tokens
@@ -16,25 +17,27 @@ in two stacks of blocks side by side; the second one is thrown away after traini
        dVAE: cross-entropy to the token ids of DALL-E's encoder                   Tokenizer
   After training an image's feature is the mean of its patch tokens (`encode`).
 
-  python semantic_mim.py                                            on pictures that common.py draws, target HOG
-  python semantic_mim.py --baseline --out runs/maskfeat             the paper's comparison: one stack, mask tokens see all
-  python semantic_mim.py --data DIR --img-size 96 --out runs/mine   any folder of images, the same small model
-  torchrun --nproc_per_node 8 semantic_mim.py --data DIR --img-size 224 --model base --batch-size 2048 --epochs 300 \
-      --warmup-epochs 30 --base-lr 2e-4                             the paper's recipe with HOG; not run at that scale
-  torchrun --nproc_per_node 8 semantic_mim.py --target dvae --tokenizer dalle_encoder.pth --data DIR --img-size 224 \
-      --model base --batch-size 2048 --epochs 300 --warmup-epochs 10 --base-lr 1.875e-4        and with dVAE
+  python semantic_mim.py                                                    on pictures that common.py draws, target HOG
+  python semantic_mim.py --baseline --out runs/maskfeat                     the paper's comparison: mask tokens see all
+  python semantic_mim.py --data DIR --img-size 96 --out runs/mine-semantic  any folder of images, the same small model
+  torchrun --nproc_per_node 8 semantic_mim.py --out runs/hog-base --data DIR --img-size 224 --model base --batch-size 2048 \
+      --epochs 300 --warmup-epochs 30 --base-lr 2e-4                        the paper's recipe with HOG; not run at that scale
+  torchrun --nproc_per_node 8 semantic_mim.py --target dvae --tokenizer dalle_encoder.pth --out runs/dvae-base --data DIR \
+      --img-size 224 --model base --batch-size 2048 --epochs 300 --warmup-epochs 10 --base-lr 1.875e-4        and with dVAE
 
-Result of the first (seeds 0, 1, 2; two bf16 cores of an EPYC, torch 2.15, 2 min 2 s): k-NN of the nearest object's kind 63.7,
-57.4, 65.0 %, of the second 44.3, 40.9, 41.7; untrained 21.6, 22.8, 20.5, raw pixels 26.1, 29.1, 28.0.
+Result of the first, on one thread, seeds 0, 1, 2 (bf16, EPYC, torch 2.15; 2 min 2 s on two): k-NN of the nearest object's kind
+63.7, 57.4, 65.0 %, of the second 44.3, 40.9, 41.7; untrained 21.6, 22.8, 20.5, raw pixels 26.1, 29.1, 28.0.
 
 Cost at ViT-B/16, 224 pixels, one image, by torch's counter and the sum of what autograd keeps (bf16, fused attention;
 `python tests/benchmark.py --cost`): with HOG 108 GFLOP and 71 MiB, its baseline 105 and 66; with dVAE 107 and 79 (without the
 tokenizer), its baseline 108 and 76. Weights, gradients and averages are 2.7 GB beside 1.4: there are two stacks to train.
 
-HOG's cells are 8 pixels. A patch size that is no multiple of 8 has cells of its own size, above 8 of half of it where it is even.
+HOG's cells are 8 pixels. Where 8 does not divide the patch, a cell is the patch (4 pixels in the demo), or half of it if that is
+even and above 8.
 
 Differs from the authors' program: the last incomplete batch of an epoch is not dropped; jitter is brightness, contrast,
-saturation in this order. Its attention has q and kv apart, here they are one matrix. The numbers are the same.
+saturation in this order. Its attention has q and kv apart, here they are one matrix. Losses, features and gradient
+norms agree.
 """
 
 import dataclasses
@@ -252,7 +255,7 @@ class SemanticMIM(nn.Module):
         self.grid, self.patch_size = patch_grid(img_size, patch_size), patch_size
         self.num_proxy, self.target, self.baseline = num_proxy, target, baseline  # K
         self.num_patches = self.grid[0] * self.grid[1]  # N
-        num_masked = math.ceil(mask_ratio * self.num_patches) - (self.num_patches == 4 and mask_ratio > 0.75)  # all of 2 x 2
+        num_masked = math.ceil(mask_ratio * self.num_patches) - (self.num_patches == 4 and mask_ratio > 0.75)  # 2 x 2: one stays
         self.num_visible = self.num_patches - num_masked  # V
         if not 0 < mask_ratio < 1 or not 0 < self.num_visible < self.num_patches:
             raise BadInput(f"--mask-ratio {mask_ratio} of {self.num_patches} patches: at least one must be visible, and one "
@@ -266,7 +269,7 @@ class SemanticMIM(nn.Module):
         self.pos_embed = nn.Parameter(torch.zeros(1, num_proxy + self.num_patches, dim))
         self.patch_embed = PatchEmbed(patch_size, in_chans, dim)
         self.blocks = make(Block)  # compression
-        self.extra_blocks = nn.ModuleList() if baseline else make(ReconstructionBlock)
+        self.extra_blocks = nn.ModuleList() if baseline else make(ReconstructionBlock)  # reconstruction
         self.norm = LayerNorm(dim)
         self.head = nn.Linear(dim, vocab if target == "dvae" else in_chans * 9 * (patch_size // hog_cell(patch_size)) ** 2)
         self.init_weights()
@@ -282,14 +285,14 @@ class SemanticMIM(nn.Module):
                 block.attn.proj.weight.data.div_((2 * layer) ** 0.5)
                 block.mlp.fc2.weight.data.div_((2 * layer) ** 0.5)
 
-    def stacks(self, x, masks):  # [B, K + V, D], [B, M, D] -> the same two after all layers
+    def stacks(self, x, masks):  # [B, K + V, D], [B, M, D] (None: one stack alone) -> the same two after all layers
         for i, block in enumerate(self.blocks):
             x = block(x)
             if masks is not None:
                 masks = self.extra_blocks[i](masks, x[:, :self.num_proxy])
         return x, masks
 
-    def with_proxies(self, patches, pos):  # [B, T, D], positions of proxies and of the patches [B or 1, K + N, D]
+    def with_proxies(self, patches, pos):  # [B, T, D], positions whose first K are the proxies' -> [B, K + T, D]
         return torch.cat([(self.cls_token + pos[:, :self.num_proxy]).expand(len(patches), -1, -1), patches], 1)
 
     def mask_latents(self, patches, ids_visible, ids_masked):  # [B, N, P] -> [B, M, D], after the final norm
@@ -304,7 +307,7 @@ class SemanticMIM(nn.Module):
 
     def forward(self, images, mask=None, num_visible=None, tokens=None):
         """images [B, C, H, W]; mask bool [B, N], True = masked, the same number in each row, None draws one; tokens [B, N],
-        ids from the tokenizer, for target dvae. A GPU waits for the count of a mask without num_visible. -> loss, logs."""
+        ids from the tokenizer, for target dvae. Without num_visible a mask is counted, and a GPU waits. -> loss, logs."""
         if mask is None:
             mask = random_mask(torch.rand(len(images), self.num_patches, device=images.device),
                                self.num_patches - self.num_visible)
@@ -475,7 +478,7 @@ def train(cfg):
         for group in optimizer.param_groups:
             group["lr"] = lr
 
-        torch.manual_seed(seed_of("drop path", cfg.seed, step, run.rank))
+        torch.manual_seed(seed_of("drop path", cfg.seed, step, run.rank))  # of each process and step, so that it resumes
         values = 0
         for micro in range(cfg.accum):
             began = time.perf_counter()

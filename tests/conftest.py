@@ -112,7 +112,7 @@ def printed_commands(text):
     found = []
     for line in re.sub(r"\s*\\\n\s*", " ", text).splitlines():
         for command in line.split("&&"):
-            command = re.split(r"\s{3,}|\s#", command.strip())[0]
+            command = re.split(r"\s{2,}|\s#", command.strip())[0]
             if re.match(r"(python|torchrun) .*\.py\b", command):
                 found.append(command)
     return found

@@ -512,6 +512,19 @@ def test_printed_commands_are_found():
     assert printed_commands(text) == ["python a.py --b 1", "torchrun b.py --c 2"]
 
 
+def test_printed_commands_do_not_collide():
+    """Run one after the other, as a reader does: what goes to one folder has one Config, or the second is refused."""
+    seen = {}
+    for command in all_commands():
+        words = shlex.split(command)
+        script = next(word for word in words if word.endswith(".py"))
+        if (method := script.removesuffix(".py")) in METHODS:
+            cfg = common.parse_args(MODULES[method].Config, argv=words[words.index(script) + 1:])
+            run = method, {k: v for k, v in dataclasses.asdict(cfg).items() if k not in common.CHANGEABLE}
+            first, other = seen.setdefault(cfg.out, (run, command))
+            assert run == first, f"{command}\n{other}"
+
+
 TOY_FLAGS = ("--batch-size 32 --epochs 1 --model nano --img-size 32 --patch-size 8 --workers 0 --device cpu "
              "--resume no").split()
 
