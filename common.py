@@ -454,6 +454,8 @@ def fetch(name, options, cfg, run):
         if turn == (run.local_rank == 0):
             try:
                 data = kind(cfg.data_root, download=False, **options)
+            except ImportError as error:
+                raise BadInput(f"--data {cfg.data}: torchvision reads it with {error.name}, which is not installed") from error
             except (RuntimeError, OSError):
                 try:
                     data = kind(cfg.data_root, download=True, **options)
@@ -572,6 +574,7 @@ def open_image(path):
         image = torch.from_numpy(array)
         return image[None] if image.ndim == 2 else image.permute(2, 0, 1)
     with Image.open(path) as image:  # of an animation the first picture
+        image.load()
         ImageOps.exif_transpose(image, in_place=True)  # as it was held, not as the sensor lay
         if image.mode[0] in "IF":  # 16 bits or more: convert would cut at 255
             array = np.asarray(image, np.float32)
@@ -710,9 +713,10 @@ class Crops(torch.utils.data.Dataset):
         return torch.stack([x.permute(1, 2, 0) for x in images]).permute(0, 3, 1, 2), torch.tensor(labels), broken
 
 
-def train_batches(cfg, run, data, scale, start, total, size=None):
+def train_batches(cfg, run, data, scale, start, total, size=None, labelled=False):
     """The training stream: one micro-batch [m, C, H, W], normalised, on the device, for every micro-step of the steps
-    start..total-1. `scale` is the crop's least and most share of the area, `size` its height and width if not img_size."""
+    start..total-1. `scale` is the crop's least and most share of the area, `size` its height and width if not img_size;
+    labelled: in pairs with the labels [m], the first kind where there are several."""
     size, order = size or pair(cfg.img_size), Order(len(data), cfg.seed)
     places = ((step, run.rows(cfg, micro)) for step in range(start, total) for micro in range(cfg.accum))
     if isinstance(data, Pixels):
@@ -725,12 +729,14 @@ def train_batches(cfg, run, data, scale, start, total, size=None):
             noise = torch.cat([crop_noise(cfg, step, rows, run.device) for step, rows in some])
             picked = to_device(images[to_device(ids, images.device)], run.device)
             crops = normalise(crop_resize(picked, *crop_boxes(noise, *images.shape[2:], scale), size), cfg)
-            yield from crops.chunk(len(some))
+            crops = crops.chunk(len(some))
+            yield from zip(crops, next(iter(data.labels.values()))[ids].chunk(len(some))) if labelled else crops
     else:
         items = ((order(step, cfg.batch_size, rows).tolist(), (step, rows)) for step, rows in places)
-        for images, _, broken in read_batches(Crops(data, size, scale, cfg), items, cfg, run):
+        for images, labels, broken in read_batches(Crops(data, size, scale, cfg), items, cfg, run):
             run.report_broken(data, broken)
-            yield normalise(images.to(run.device, non_blocking=True).float(), cfg)
+            images = normalise(images.to(run.device, non_blocking=True).float(), cfg)
+            yield (images, labels) if labelled else images
 
 
 def eval_batches(cfg, run, data, ids):
@@ -821,7 +827,8 @@ SHARED = {  # the flags that all five methods have: group, help, choices
     "amp": ("run", "precision of products; auto: bf16 where the device is fast at it, else off", ("auto", "bf16", "fp16", "off")),
     "compile": ("run", "torch.compile; auto: on CUDA, and on a CPU for runs of an hour and more", ("auto", "on", "off")),
     "out": ("run", "folder for last.pt, log.jsonl and pictures"),
-    "resume": ("run", "auto goes on from OUT/last.pt where there is one; no starts over; or a checkpoint to go on from"),
+    "resume": ("run", "auto goes on from OUT/last.pt where there is one; no starts over; or a checkpoint to go on from until "
+               "OUT has its own"),
     "save_every": ("run", "epochs between checkpoints"),
     "eval_every": ("run", "epochs between k-NN tests and pictures; 0: only before and after training"),
     "log_every": ("run", "steps between log lines"),
@@ -887,6 +894,12 @@ def main(train, Config, doc):
         if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, BadHere):  # once on each machine
             tqdm.write(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)  # on a line of its own, below the bar
         status = 2
+    except RuntimeError as error:
+        if not (dist.is_initialized() and "onnection" in str(error)):
+            raise
+        tqdm.write(f"{Path(sys.argv[0]).name}: process {dist.get_rank()} has lost the others, which may have said why "
+                   f"({' '.join(str(error).split())[:200]})", file=sys.stderr)
+        status = 1
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -1158,9 +1171,12 @@ def read_checkpoint(path):
 def resume(cfg, method, run, **parts):
     """Every part of a run, and the generator, gets back its state of the checkpoint to go on from -> the step that was done;
     0 where there is none. Refused where it is another method's or another Config's."""
-    paths = [p for p in (Path(cfg.out, "last.pt"), Path(cfg.out, "previous.pt")) if p.exists()] if cfg.resume == "auto" \
-        else [Path(cfg.resume)]
-    if cfg.resume == "no" or not paths:
+    if cfg.resume == "no":
+        return 0
+    paths = [p for p in (Path(cfg.out, "last.pt"), Path(cfg.out, "previous.pt")) if p.exists()]
+    if cfg.resume != "auto" and (not paths or Path(cfg.resume).resolve().parent == Path(cfg.out).resolve()):
+        paths = [Path(cfg.resume)]  # else this command has been here before, and goes on from what it saved itself
+    if not paths:
         return 0
     path = paths[0]
     try:
@@ -1309,8 +1325,8 @@ def knn_predict(gallery, labels, queries, k=20, temperature=0.07):
 
 def effective_rank(features):
     """exp of the entropy of the normalised singular values: 1 when all features lie on a line, D at the most."""
-    features = features.float() - features.float().mean(0)
-    s = torch.linalg.svdvals(features)
+    features = features.float().cpu()  # Apple's GPUs do not have it
+    s = torch.linalg.svdvals(features - features.mean(0))
     if not s.sum() > 1e-6 * len(features) ** 0.5:  # all equal: no direction at all is a collapse too
         return 1.0
     p = s / s.sum()
@@ -1361,7 +1377,8 @@ def check_health(encode, cfg, run, train_set, val_set, raw=""):
 
 def raw_pixels(images):
     """The encoder that everything has to beat: the pixels, at most 32 x 32 of them."""
-    pixels = F.adaptive_avg_pool2d(images, tuple(min(32, s) for s in images.shape[2:])).flatten(1)
+    somewhere = images.cpu() if images.device.type == "mps" else images  # Apple's GPUs take multiples of 32 alone
+    pixels = F.adaptive_avg_pool2d(somewhere, tuple(min(32, s) for s in images.shape[2:])).flatten(1).to(images.device)
     return pixels, pixels[:, None]
 
 

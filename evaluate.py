@@ -73,7 +73,7 @@ class Config:
     images: tuple[str, ...] = flag((), "files for the pictures; else the first eight of the test set")
     export: str = flag("", "file to write the encoder to, under timm's names")
     data: str = ""
-    data_root: str = "data"
+    data_root: str = ""
     img_size: tuple[int, ...] = ()
     workers: int = -1
     seed: int = 0
@@ -174,7 +174,10 @@ def masked_sets(cfg, masks, run):
         for split in (train, test):
             data = fetch(name, split | options, cfg, run)
             rows = ((image, labels_of(mask)) for image, mask in data)
-            sets.append(with_masks(rows, len(data), cfg, cfg.data))
+            try:
+                sets.append(with_masks(rows, len(data), cfg, cfg.data))
+            except ValueError as error:
+                raise BadInput(f"--data {cfg.data}: {error}") from error
         return sets
     base = Path(cfg.data)
     if not base.is_dir():
@@ -238,6 +241,8 @@ def fit_heads(x, y, classes, cfg, queries=False, batch=1024):
     mean, std = x.flatten(0, -2).mean(0), (x.flatten(0, -2).var(0, unbiased=False) + 1e-6).sqrt()
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(cfg.seed)).to(x.device)
     held, kept = order[:max(1, len(x) // 10)], order[max(1, len(x) // 10):]
+    if not len(kept):
+        raise BadInput("--limit: a head takes two images, one to learn from and one to be chosen by")
     grid = [(rate, decay) for rate in RATES for decay in DECAYS]
     rates, decays = (torch.tensor(column, device=x.device).view(-1, 1, 1) for column in zip(*grid))
     with torch.random.fork_rng():
@@ -259,12 +264,13 @@ def fit_heads(x, y, classes, cfg, queries=False, batch=1024):
                 p.mul_(1 - rate * decays).sub_(rate * (m / (1 - 0.9**step)) / ((v / (1 - 0.99**step)).sqrt() + 1e-8))
 
     @torch.no_grad()
-    def logits(features):
-        return torch.cat([heads((part.float() - mean) / std) for part in features.split(batch)], 1)  # [G, n, classes]
+    def logits(features):  # of all heads, part by part: [G, n, classes]
+        for part in features.split(batch):
+            yield heads((part.float() - mean) / std)
     truth = y[held] if y.ndim == 1 else y[held].argmax(1)
-    scores = (logits(x[held]).argmax(-1) == truth).float().mean(1)
+    scores = (torch.cat([part.argmax(-1) for part in logits(x[held])], 1) == truth).float().mean(1)
     best = scores.argmax().item()
-    return lambda features: logits(features)[best], {
+    return lambda features: torch.cat([part[best] for part in logits(features)]), {
         "optimizer": "AdamW, betas 0.9 and 0.99", "rate": grid[best][0], "weight_decay": grid[best][1],
         "steps": total, "batch": batch, "held_out": round(100 * scores[best].item(), 2)}
 
@@ -314,6 +320,8 @@ def probe_pixels(probe, train, train_maps, test, test_maps, p, cfg):
     """seg-knn or seg-linear: patch features [n, N, D], label maps [n, H, W] -> scores, choices."""
     grid = patch_grid(train_maps.shape[1:], p)
     known = torch.cat([m[m != cfg.ignore].unique() for m in (train_maps, test_maps)])
+    if len(known.unique()) < 2:
+        raise BadInput(f"--masks: beside --ignore {cfg.ignore} they have the labels {known.unique().tolist()}; it takes two")
     classes = int(known.max()) + 1
     shares = patch_labels(train_maps, p, classes, cfg.ignore).flatten(0, 1)  # [n N, classes]
     order = torch.randperm(len(shares), generator=torch.Generator().manual_seed(cfg.seed))
@@ -344,8 +352,13 @@ def layer_of(name, prefix, depth):
 
 def finetune(model, method, mcfg, run, train_set, val_set, cfg):
     """The whole encoder on the first label, end to end -> scores, choices."""
+    torch.manual_seed(cfg.seed)  # whatever was probed before
+    if cfg.limit:
+        train_set, val_set = (subset(data, torch.linspace(0, len(data) - 1, min(cfg.limit, len(data))).long())
+                              for data in (train_set, val_set))
     model, batch = copy.deepcopy(model).train(), min(128, len(train_set))
     model.training = False  # the flag of the whole alone: where it is set, SemanticMIM's `encode` drops no path
+    encode = encoder_of(model, method, cfg.pool, cfg.layer)
     labels = train_set.labels if isinstance(train_set, Pixels) else {"class": train_set.labels}
     name, y = next(iter(labels.items()))
     blocks = model.get_submodule(METHODS[method][1])
@@ -356,7 +369,7 @@ def finetune(model, method, mcfg, run, train_set, val_set, cfg):
         else:  # the rate of the pre-training goes too
             block.drop_path1, block.drop_path2 = [DropPath(rate) if rate else nn.Identity() for _ in range(2)]
     with torch.no_grad():
-        dim = model.encode(next(eval_batches(mcfg, run, val_set, torch.arange(1)))[0])[0].shape[1]
+        dim = encode(next(eval_batches(mcfg, run, val_set, torch.arange(1)))[0])[0].shape[1]
     head = nn.Linear(dim, int(y.max()) + 1).to(run.device)
     prefix, groups = METHODS[method][1] + ".", {}
     for full, p in model.requires_grad_(True).named_parameters():
@@ -366,15 +379,14 @@ def finetune(model, method, mcfg, run, train_set, val_set, cfg):
     optimizer = torch.optim.AdamW([{"params": ps, "scale": scale, "weight_decay": 0.05 * decayed} for (scale, decayed), ps in
                                    groups.items()] + [{"params": [*head.parameters()], "scale": 1.0}], lr=peak)
     total = max(1, cfg.finetune_epochs * len(train_set) // batch)
-    order, ft = Order(len(train_set), mcfg.seed), dataclasses.replace(mcfg, batch_size=batch, accum=1)
-    alone = dataclasses.replace(run, rank=0, world=1)
-    for step, images in enumerate(tqdm(train_batches(ft, alone, train_set, (0.35, 1.0), 0, total), "finetune", total=total,
-                                       leave=False, disable=None)):
+    ft, alone = dataclasses.replace(mcfg, batch_size=batch, accum=1, seed=cfg.seed), dataclasses.replace(run, rank=0, world=1)
+    stream = train_batches(ft, alone, train_set, (0.35, 1.0), 0, total, labelled=True)
+    for step, (images, y) in enumerate(tqdm(stream, "finetune", total=total, leave=False, disable=None)):
         for group in optimizer.param_groups:
             group["lr"] = warmup_cosine(step, total, total // 10, peak) * group["scale"]
         with run.autocast():
-            logits = head(model.encode(images)[0])
-        F.cross_entropy(logits.float(), y[order(step, batch, slice(0, batch))].to(run.device)).backward()
+            logits = head(encode(images)[0])
+        F.cross_entropy(logits.float(), y.to(run.device)).backward()
         nn.utils.clip_grad_norm_([*model.parameters(), *head.parameters()], 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -383,7 +395,7 @@ def finetune(model, method, mcfg, run, train_set, val_set, cfg):
     with torch.no_grad():
         for images, truth in eval_batches(mcfg, alone, val_set, torch.arange(len(val_set))):
             with run.autocast():
-                right += (head(model.encode(images)[0]).argmax(1).cpu() == truth[name].cpu()).sum().item()
+                right += (head(encode(images)[0]).argmax(1).cpu() == truth[name].cpu()).sum().item()
             seen += len(images)
     return {name: 100 * right / seen}, {"optimizer": "AdamW", "rate": peak, "steps": total, "batch": batch,
                                         "layer_decay": cfg.layer_decay, "drop_path": cfg.drop_path, "mixup": False}
@@ -522,20 +534,23 @@ def timms_vit(state, model, method):
 # All of it
 # ---------------------------------------------------------------------------------------------------------------
 
+def subset(data, ids):
+    """Some images of a set that is held in memory, or of a folder."""
+    if isinstance(data, Pixels):
+        maps = data.maps if data.maps is None else data.maps[ids]
+        return Pixels(data.images[ids], {name: y[ids] for name, y in data.labels.items()}, maps)
+    some = copy.copy(data)
+    some.paths, some.labels = data.paths[ids.numpy()], data.labels[ids]
+    return some
+
+
 def hold_out(data):
     """A training set -> nine tenths to train the probes on, and every tenth image to score them on. (The encoder has seen
     these pictures too, without their labels.)"""
-    def part(ids):
-        if isinstance(data, Pixels):
-            maps = data.maps if data.maps is None else data.maps[ids]
-            return Pixels(data.images[ids], {name: y[ids] for name, y in data.labels.items()}, maps)
-        some = copy.copy(data)
-        some.paths, some.labels = data.paths[ids.numpy()], data.labels[ids]
-        return some
     tenth = torch.arange(len(data)) % 10 == 9
     if not tenth.any():
         raise BadInput(f"--held-out: of {len(data)} images there is no tenth, it takes ten images")
-    return part((~tenth).nonzero()[:, 0]), part(tenth.nonzero()[:, 0])
+    return subset(data, (~tenth).nonzero()[:, 0]), subset(data, tenth.nonzero()[:, 0])
 
 
 def run_probe(probe, encode, model, method, mcfg, run, sets, cfg):
@@ -575,9 +590,9 @@ def evaluate(cfg):
         return 0
     world = int(os.environ.get("WORLD_SIZE", 1))  # a batch that it divides; nothing else is made of it
     mcfg, run = start(dataclasses.replace(
-        trained, data=cfg.data or trained.data, img_size=cfg.img_size or trained.img_size, data_root=cfg.data_root,
-        workers=cfg.workers, device=cfg.device, amp=cfg.amp, batch_size=world, accum=1, compile="off"),
-        minutes=600)  # the others wait while the first process fits the heads
+        trained, data=cfg.data or trained.data, img_size=cfg.img_size or trained.img_size,
+        data_root=cfg.data_root or trained.data_root, workers=cfg.workers, device=cfg.device, amp=cfg.amp, batch_size=world,
+        accum=1, compile="off"), minutes=600)  # the others wait while the first process fits the heads
     for number in (signal.SIGINT, signal.SIGTERM):  # nothing here has to be finished first
         signal.signal(number, signal.SIG_DFL)
     model, untrained = model.to(run.device), untrained.to(run.device)
@@ -586,6 +601,8 @@ def evaluate(cfg):
     sets = masked_sets(mcfg, cfg.masks, run) if cfg.masks or mcfg.data in MASKED else load_data(mcfg, run)
     if (cfg.held_out or "finetune" in cfg.probe) and not hasattr(sets[0], "labels"):
         raise BadInput("--held-out and --probe finetune: only for a folder, or for a set that is held in memory")
+    if "finetune" in cfg.probe and run.amp is torch.float16:
+        raise BadInput("--amp fp16: --probe finetune does not scale its loss; take bf16 or off")
     if cfg.held_out:
         sets = hold_out(sets[0])
     labelled = sets[1] is not None and (bool(sets[1].labels) if isinstance(sets[1], Pixels) else sets[1].labelled)

@@ -411,12 +411,15 @@ def build(cfg, vocab=8192):
                        drop_path=cfg.drop_path, baseline=cfg.baseline)
 
 
-def from_checkpoint(path):
-    """The model of a run of this file."""
+def from_checkpoint(path, beside):
+    """The model of a run of this file, for images like those of another model."""
     state = read_checkpoint(path)
     if state.get("method") != "semantic_mim" or not {"config", "model"} <= state.keys():
         raise BadInput(f"--beside {path}: not a checkpoint of semantic_mim.py")
     model = build(Config(**state["config"]), len(state["model"]["head.weight"]))
+    sizes = lambda m: (m.grid, m.patch_size, m.patch_embed.proj.in_channels)
+    if sizes(model) != sizes(beside):
+        raise BadInput(f"--beside {path}: its grid, patch and channels are {sizes(model)}, here they are {sizes(beside)}")
     return load_strictly(model, state["model"], f"{path}: a SemanticMIM")
 
 
@@ -426,7 +429,7 @@ def train(cfg):
     torch.manual_seed(cfg.seed)
     tokenizer = Tokenizer.from_file(cfg.tokenizer, run.device) if cfg.target == "dvae" else None
     model = build(cfg, tokenizer.vocab if tokenizer else 8192).to(run.device)
-    beside = [from_checkpoint(cfg.beside).to(run.device)] if cfg.beside else []
+    beside = [from_checkpoint(cfg.beside, model).to(run.device)] if cfg.beside else []
     train_set, val_set = load_data(cfg, run)
     steps = lambda epochs: max(1, round(epochs * len(train_set) / cfg.batch_size))
     total, warmup = steps(cfg.epochs), steps(cfg.warmup_epochs) if cfg.warmup_epochs else 0

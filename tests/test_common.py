@@ -269,6 +269,26 @@ def test_processes_share_the_global_batch(world, accum, tmp_path):
     assert not torch.equal(whole[0], whole[1])
 
 
+def test_labels_go_with_the_images_that_are_seen(tmp_path):
+    """Each picture is as bright as its label says; of an image that stands in for a broken one it is its own."""
+    cfg = filled(tiny(tmp_path, batch_size=16, workers=0))
+    numbers = torch.arange(200)
+    memory = common.Pixels(numbers.byte().view(-1, 1, 1, 1).repeat(1, 3, 20, 20), {"number": numbers})
+    (tmp_path / "set").mkdir()
+    for i in range(200):
+        Image.new("L", (20, 20), i).save(tmp_path / "set" / f"{i:03}.png")
+    (tmp_path / "set" / "007.png").write_bytes(b"no image")
+    folder = common.Folder(sorted((tmp_path / "set").iterdir()), list(range(200)), 3)
+    for data in (memory, folder):
+        told = []
+        for images, labels in train_batches(cfg, one_process(), data, (0.2, 1), 0, 12, labelled=True):
+            shown = 255 * common.denormalise(images, cfg).mean((1, 2, 3))
+            assert shown.round().tolist() == labels.tolist()
+            told += labels.tolist()
+        place = common.Order(200, cfg.seed)(0, 200, slice(0, 192)).tolist().index(7)
+        assert told[place] == (7 if data is memory else 8)
+
+
 def test_normalise_and_back(tmp_path):
     cfg = dataclasses.replace(tiny(tmp_path), mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7))
     images = torch.randint(0, 256, (2, 3, 4, 4)).float()

@@ -84,6 +84,11 @@ def test_the_grid_learns_what_one_weak_rate_does_not():
     assert chosen["rate"] in (3e-4, 1e-3, 3e-3, 1e-2, 3e-2) and chosen["held_out"] > 60
 
 
+def test_a_head_takes_two_images():
+    with pytest.raises(BadInput, match="two images"):
+        fit_heads(torch.randn(1, 4), torch.zeros(1, dtype=torch.long), 2, Config())
+
+
 def test_knn_is_brute_force():
     g = torch.Generator().manual_seed(0)
     gallery, queries = torch.randn(300, 8, generator=g), torch.randn(40, 8, generator=g)
@@ -201,6 +206,14 @@ def test_folders_with_masks(tmp_path, monkeypatch, capsys):
     assert run(monkeypatch, path, *flags, "--masks", "trainannot", "valannot") == 2
 
 
+@pytest.mark.parametrize("labels", [[255], [0, 255]])
+def test_masks_with_one_label(labels):
+    """What is left beside --ignore 255 of masks in black and white."""
+    maps = torch.tensor(labels).byte().repeat(2, 8, 16 // len(labels))
+    with pytest.raises(BadInput, match="--masks.*--ignore 255"):
+        evaluate.probe_pixels("seg-knn", torch.randn(2, 8, 4), maps, torch.randn(2, 8, 4), maps, 4, Config())
+
+
 def test_masks_of_every_kind():
     classes = np.arange(6, dtype=np.uint8).reshape(2, 3)
     grey = Image.fromarray(classes)
@@ -229,6 +242,10 @@ def test_a_set_with_masks_is_fetched(tmp_path, monkeypatch):
     path = checkpoint(tmp_path / "last.pt", "mae")
     assert run(monkeypatch, path, "--data", "voc", "--data-root", tmp_path, "--probe", "seg-knn") == 0
     assert asked == [(str(tmp_path), False), (str(tmp_path), True)] * 2
+    for chans, status in ((3, 0), (6, 2)):  # not said, the sets lie where those of the run lay
+        path = checkpoint(tmp_path / f"{chans}.pt", "mae", data_root=f"{tmp_path}/the runs", in_chans=chans)
+        assert run(monkeypatch, path, "--data", "voc", "--probe", "seg-knn", "--rows", "raw") == status
+        assert asked[-1] == (f"{tmp_path}/the runs", True)
 
 
 def test_no_cls_and_no_registers():
@@ -306,6 +323,20 @@ def test_the_layers_of_fine_tuning(method):
     assert all(layer == 0 for name, layer in layers.items() if name.startswith((f"{inside}patch_embed", f"{inside}cls_token")))
     assert {layer for name, layer in layers.items() if name.startswith(prefix + "1.")} == {2}
     assert {layer for name, layer in layers.items() if name.startswith((f"{inside}norm.", f"{inside}predictor."))} == {3}
+
+
+def test_finetuning_heeds_its_flags(tmp_path, monkeypatch):
+    path, told, used = checkpoint(tmp_path / "last.pt", "mae"), [], []
+    encoder, batches = evaluate.encoder_of, evaluate.train_batches
+    monkeypatch.setattr(evaluate, "encoder_of", lambda *args: used.append(args[2:]) or encoder(*args))
+    monkeypatch.setattr(evaluate, "train_batches", lambda cfg, *args, **labelled: used.append(cfg.seed) or
+                        batches(cfg, *args, **labelled))
+    for flags in ([], ["--rows", "untrained"], ["--seed", 7, "--limit", 32, "--pool", "mean", "--layer", 0]):
+        assert run(monkeypatch, path, "--probe", "finetune", "--finetune-epochs", 2, "--amp", "off", *flags) == 0
+        report = json.loads((tmp_path / "last.eval.json").read_text())
+        told.append((report["scores"]["untrained"], report["chosen"]["untrained"]["finetune"]["batch"]))
+    assert told[0] == told[1] and told[2][1] == 32 < told[1][1]  # the same, whatever was scored before
+    assert used[-2:] == [("mean", 0), 7] and used[:4] == [("own", -1)] * 3 + [0]
 
 
 def test_finetuning_a_set_that_is_read_as_it_goes(tmp_path, monkeypatch, capsys):

@@ -356,6 +356,23 @@ def test_one_process_with_a_nan_stops_both(programs, tmp_path, method):
     assert state["step"] == 5 and all(t.isfinite().all() for t in state["model"].values())
 
 
+def leaving(method, argv, number):
+    """The second process finds something that it cannot go on with."""
+    def leave(images, n):
+        if n == number and os.environ["RANK"] == "1":
+            raise common.BadHere("--data: too many broken images here")
+        return images
+    each_batch(method, leave)
+    program(method, argv)
+
+
+def test_one_process_that_leaves_is_not_buried(programs, tmp_path):
+    statuses = programs.run_together("leaving", method="mae", argv=toy_flags("mae", tmp_path / "run", "--epochs", 4), number=4)
+    told = [Path(f"{programs.told}{rank}.2").read_text() for rank in (0, 1)]
+    assert statuses == [1, 2] and told[1].count("mae.py: --data: too many broken images here") == 1
+    assert "Traceback" not in told[0] and told[0].count("mae.py: process 0 has lost the others") == 1, told[0]
+
+
 # -- 3. another number of processes ---------------------------------------------------------------------
 
 def stopped(method, argv, batch):

@@ -302,6 +302,10 @@ def files(tmp_path_factory):
     cfg = common.start(tiny(root, model="nano"))[0]
     torch.save({"method": "mae", "config": dataclasses.asdict(cfg), "step": 1}, root / "mae.pt")
     torch.save({"method": "semantic_mim"}, root / "bare.pt")
+    module = MODULES["semantic_mim"]
+    cfg = module.with_recipe(module.Config(img_size=(64,), patch_size=8))
+    torch.save({"method": "semantic_mim", "config": dataclasses.asdict(cfg), "step": 1, "model": module.build(cfg).state_dict()},
+               root / "large.pt")
     write_tokenizer(root / "tokenizer.pth")
     return root
 
@@ -414,6 +418,7 @@ WRONG_OF = [  # the flags that MAE has not
     ("semantic_mim", "--beside FILES/mae.pt", "--beside.*mae.pt.*not a checkpoint of semantic_mim"),
     ("semantic_mim", "--beside FILES/nowhere.pt", "nowhere.pt.*no such file"),
     ("semantic_mim", "--beside FILES/bare.pt", "bare.pt.*not a checkpoint of semantic_mim"),
+    ("semantic_mim", "--beside FILES/large.pt", "--beside.*large.pt: its grid.*8, 8"),
     ("semantic_mim", "--drop-path 1", "--drop-path 1"),
     ("semantic_mim", "--jitter 2", "--jitter 2"),
     ("pilamim", "--mask-ratio 1", "--mask-ratio 1"),
@@ -484,6 +489,14 @@ def test_a_set_that_cannot_be_downloaded(tmp_path, monkeypatch, capsys):
     line = wrong(monkeypatch, capsys, argv)
     assert "--data cifar10" in line and "--data-root here" in line and "service not known" in line
     assert not (tmp_path / "run").exists()
+
+
+def test_a_set_that_needs_another_package(tmp_path, monkeypatch, capsys):
+    def needy(root, download, **options):
+        raise ModuleNotFoundError("No module named 'scipy'", name="scipy")
+    monkeypatch.setattr(torchvision.datasets, "SVHN", needy)
+    line = wrong(monkeypatch, capsys, [*TINY, "--data", "svhn", "--out", str(tmp_path / "run")])
+    assert "--data svhn" in line and "scipy" in line and "download" not in line
 
 
 def test_wrong_invocation_of_the_real_program(tmp_path):

@@ -135,6 +135,9 @@ def test_nothing_left_to_do_and_starting_over(tmp_path, capsys):
     assert len(losses(tmp_path)) == 2 and losses(tmp_path) != first
     trained(tiny(tmp_path / "other", resume=str(tmp_path / "last.pt"), seed=1, epochs=2))  # from a named file
     assert [r["step"] for r in records(tmp_path / "other") if "loss" in r] == [3, 4]
+    trained(tiny(tmp_path / "other", resume=str(tmp_path / "last.pt"), seed=1, epochs=3))  # again: from its own last.pt
+    assert [r["step"] for r in records(tmp_path / "other") if "loss" in r] == [3, 4, 5, 6]
+    assert "last.pt, step 4" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("change, text", [(lambda s: s | {"method": "capi"}, "of capi, not of mae"),
