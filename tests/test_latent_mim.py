@@ -348,7 +348,7 @@ def test_build_uses_the_config():
                             proj_dim=40, decoder_dim=24, decoder_depth=3, decoder_heads=2, loss="l2", tau=0.3,
                             sim_coeff=0.7)
     model = latent_mim.build(cfg)
-    assert (model.grid, model.num_visible, model.gap, model.loss) == ((4, 6), 6, 3, "l2")
+    assert (model.grid, model.num_visible, model.gap, model.objective) == ((4, 6), 6, 3, "l2")
     assert (model.tau, model.sim_coeff, len(model.decoder.blocks)) == (0.3, 0.7, 3)
     assert model.decoder.head.weight.shape == (32, 24) and model.encoder.head.linear1.weight.shape == (40, 40)
     assert model.encoder.patch_embed.proj.weight.shape == (32, 5, 8, 8)
