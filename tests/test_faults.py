@@ -320,7 +320,7 @@ def test_torchrun_restarts_from_the_last_save(programs, tmp_path):
     command.insert(command.index("--standalone"), "--max-restarts=3")
     for _ in range(2):  # once in a while gloo itself does not find its peers after a restart; it does not do so twice
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
-        done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
+        done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=240)
         if done.returncode == 0:
             break
     assert done.returncode == 0, done.stderr
