@@ -124,7 +124,7 @@ def inverse_block(noise, grid, num_visible):
     clipped to fit, rounded up and cut to the exact count; then it is rolled around both axes to anywhere."""
     rows, columns = grid
     aspect = torch.exp(math.log(2) * (2 * noise[:, 0] - 1))
-    fewest = min(rows, -(-num_visible // columns))  # rows that the count needs at full width
+    fewest = -(-num_visible // columns)  # rows that the count needs at full width
     height = (num_visible * aspect).sqrt().ceil().clamp(fewest, rows)  # [B]
     width = (num_visible / height).ceil()[:, None]
     row, column = torch.meshgrid(*[torch.arange(n, device=noise.device) for n in grid], indexing="ij")

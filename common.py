@@ -574,7 +574,7 @@ def open_image(path):
         image = torch.from_numpy(array)
         return image[None] if image.ndim == 2 else image.permute(2, 0, 1)
     with Image.open(path) as image:  # of an animation the first picture
-        image.load()
+        image.load()  # before the file is closed; not every Pillow's exif_transpose does it
         ImageOps.exif_transpose(image, in_place=True)  # as it was held, not as the sensor lay
         if image.mode[0] in "IF":  # 16 bits or more: convert would cut at 255
             array = np.asarray(image, np.float32)
@@ -772,8 +772,8 @@ def read_batches(crops, items, cfg, run):
 
 def normalise(images, cfg):
     """float 0..255 [B, C, H, W] -> (x / 255 - mean) / std per channel, in place."""
-    mean, std = per_channel(cfg.mean, images.device), per_channel(cfg.std, images.device)
-    shift, scale = -mean / std, 1 / (255 * std)
+    shift = per_channel(tuple(-mean / std for mean, std in zip(cfg.mean, cfg.std)), images.device)
+    scale = per_channel(tuple(1 / (255 * std) for std in cfg.std), images.device)
     if images.is_contiguous(memory_format=torch.channels_last):  # three numbers at a time would take five times as long as a row
         rows, width = images.permute(0, 2, 3, 1).flatten(2), images.shape[3]  # [B, H, W * C]
         torch.addcmul(shift.flatten().repeat(width), rows, scale.flatten().repeat(width), out=rows)
@@ -962,7 +962,7 @@ class Run:
 
     def describe(self, cfg, model, total, peak_lr):
         """What the run really uses. On a CPU --compile auto is decided here: compiling takes a minute or two and saves 7 % (MAE,
-        bf16) to 25 % (SemanticMIM, float32), which surely pays in runs of an hour."""
+        bf16, two cores) and more, which surely pays in runs of an hour."""
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         if cfg.compile == "auto" and self.device.type == "cpu":  # what a thread of an EPYC does in an hour, with nano
             hour = torch.get_num_threads() * (2e14 if self.amp is torch.bfloat16 else 5e13)
@@ -1333,11 +1333,16 @@ def effective_rank(features):
     return math.exp(-(p * p.clamp(min=1e-12).log()).sum().item())
 
 
+def evenly(n, most):
+    """At most so many of the numbers 0..n-1, evenly spread."""
+    return torch.linspace(0, n - 1, min(most, n)).long()
+
+
 @torch.no_grad()
 def features_of(encode, cfg, run, data, most, take):
     """What `take` makes of (pooled, patches) [n, ...], and the labels, of at most `most` images, spread evenly over the
     set; each process does its share."""
-    ids = torch.linspace(0, len(data) - 1, min(most, len(data))).long()
+    ids = evenly(len(data), most)
     mine = ids[torch.arange(run.rank, math.ceil(len(ids) / run.world) * run.world, run.world) % len(ids)]
     features, labels = [], []
     for images, names in eval_batches(cfg, run, data, mine):

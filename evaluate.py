@@ -37,7 +37,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from common import (READ_ERRORS, BadInput, DropPath, Order, Pixels, centre_box, check_ranges, cut, denormalise, draw,
-                    eval_batches, features_of, fetch, find_images, flag, knn_predict, load_data, main, normalise, pair,
+                    eval_batches, evenly, features_of, fetch, find_images, flag, knn_predict, load_data, main, normalise, pair,
                     patch_grid, patchify, pca_colours, random_mask, raw_pixels, read_checkpoint, read_image, resize,
                     save_picture, size_of, start, train_batches, warmup_cosine, writing)
 
@@ -242,7 +242,7 @@ def fit_heads(x, y, classes, cfg, queries=False, batch=1024):
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(cfg.seed)).to(x.device)
     held, kept = order[:max(1, len(x) // 10)], order[max(1, len(x) // 10):]
     if not len(kept):
-        raise BadInput("--limit: a head takes two images, one to learn from and one to be chosen by")
+        raise BadInput("--data or --limit: a head takes two images, one to learn from and one to be chosen by")
     grid = [(rate, decay) for rate in RATES for decay in DECAYS]
     rates, decays = (torch.tensor(column, device=x.device).view(-1, 1, 1) for column in zip(*grid))
     with torch.random.fork_rng():
@@ -354,8 +354,7 @@ def finetune(model, method, mcfg, run, train_set, val_set, cfg):
     """The whole encoder on the first label, end to end -> scores, choices."""
     torch.manual_seed(cfg.seed)  # whatever was probed before
     if cfg.limit:
-        train_set, val_set = (subset(data, torch.linspace(0, len(data) - 1, min(cfg.limit, len(data))).long())
-                              for data in (train_set, val_set))
+        train_set, val_set = (subset(data, evenly(len(data), cfg.limit)) for data in (train_set, val_set))
     model, batch = copy.deepcopy(model).train(), min(128, len(train_set))
     model.training = False  # the flag of the whole alone: where it is set, SemanticMIM's `encode` drops no path
     encode = encoder_of(model, method, cfg.pool, cfg.layer)
@@ -486,7 +485,7 @@ def draw_pictures(model, method, encode, mcfg, run, val_set, cfg, folder, given)
         columns = importlib.import_module(method).attention_columns(model, show, grid[0] // 2 * grid[1] + grid[1] // 2)
         save("eval_attention.png", [shown, *columns])
     tokens = encode(show[:1])[1][0].float()  # one image's patches, coloured by clusters (k-means)
-    centres = tokens[torch.linspace(0, len(tokens) - 1, min(6, len(tokens))).long()]
+    centres = tokens[evenly(len(tokens), 6)]
     for _ in range(20):
         nearest = torch.cdist(tokens, centres).argmin(1)
         centres = torch.stack([tokens[nearest == k].mean(0) if (nearest == k).any() else centres[k] for k in range(len(centres))])
@@ -566,7 +565,7 @@ def run_probe(probe, encode, model, method, mcfg, run, sets, cfg):
     if not run.main:
         return {}, {}
     if probe in ("seg-knn", "seg-linear"):
-        maps = [data.maps[torch.linspace(0, len(data) - 1, min(most, len(data))).long()] for data in sets]
+        maps = [data.maps[evenly(len(data), most)] for data in sets]
         return probe_pixels(probe, train, maps[0], test, maps[1], model.patch_size, cfg)
     return probe_images(probe, train, train_labels, test, test_labels, cfg)
 

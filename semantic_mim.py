@@ -411,15 +411,15 @@ def build(cfg, vocab=8192):
                        drop_path=cfg.drop_path, baseline=cfg.baseline)
 
 
-def from_checkpoint(path, beside):
-    """The model of a run of this file, for images like those of another model."""
+def from_checkpoint(path, other):
+    """The model of a run of this file, for the same images as another model."""
     state = read_checkpoint(path)
     if state.get("method") != "semantic_mim" or not {"config", "model"} <= state.keys():
         raise BadInput(f"--beside {path}: not a checkpoint of semantic_mim.py")
     model = build(Config(**state["config"]), len(state["model"]["head.weight"]))
     sizes = lambda m: (m.grid, m.patch_size, m.patch_embed.proj.in_channels)
-    if sizes(model) != sizes(beside):
-        raise BadInput(f"--beside {path}: its grid, patch and channels are {sizes(model)}, here they are {sizes(beside)}")
+    if sizes(model) != sizes(other):
+        raise BadInput(f"--beside {path}: its grid, patch and channels are {sizes(model)}, here they are {sizes(other)}")
     return load_strictly(model, state["model"], f"{path}: a SemanticMIM")
 
 
