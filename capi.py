@@ -63,7 +63,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from common import (MODELS, BadInput, Log, Mlp, PatchEmbed, attend, check_health, count_blocks, denormalise, draw,
+from common import (MODELS, BadInput, Log, Mlp, PatchEmbed, attend, bicubic, check_health, count_blocks, denormalise, draw,
                     eval_batches, flag, gather, load_data, load_strictly, main, patch_grid, patchify, pca_colours, raw_pixels,
                     resume, save_picture, seed_of, split_ids, spread, start, train_batches, update_ema, usual_heads,
                     warn_of_trouble)
@@ -505,7 +505,7 @@ def train(cfg):
         log.write(step=step, images=step * cfg.batch_size, **scores)
         if run.main:
             height, width = show.shape[2:]
-            larger = F.interpolate(show, scale_factor=2, mode="bicubic", antialias=True)  # and positions twice as dense
+            larger = bicubic(show, [2 * height, 2 * width])  # and positions twice as dense
             small, large = model.encode(show)[1].float(), model.encode(larger)[1].float()
             clusters = model.cluster_head(small).argmax(-1).unflatten(1, model.grid)  # [n, gh, gw]
             colours = draw((model.clusters, 3), "cpu", "colours").to(run.device)[clusters].permute(0, 3, 1, 2)

@@ -205,14 +205,19 @@ def sincos_2d(dim, rows, cols):
     return torch.cat([col, row], 2).flatten(0, 1)[None].float()
 
 
+def bicubic(x, size):
+    """[B, C, H, W] -> [B, C, *size], bicubic with antialiasing."""
+    there = x.cpu() if x.device.type == "mps" else x  # Apple's GPUs have it from torch 2.8 on only
+    return F.interpolate(there, tuple(size), mode="bicubic", antialias=True).to(x.device)
+
+
 def resize_positions(pos, old_grid, new_grid):
     """Position table [1, extra + N, D] for another grid: patches bicubic, the extra rows in front (CLS) as they are."""
     if tuple(old_grid) == tuple(new_grid):
         return pos
     extra = pos.shape[1] - old_grid[0] * old_grid[1]
     table = pos[:, extra:].transpose(1, 2).unflatten(2, old_grid)  # [1, D, gh, gw]
-    table = F.interpolate(table, tuple(new_grid), mode="bicubic", antialias=True).flatten(2).transpose(1, 2)
-    return torch.cat([pos[:, :extra], table], 1)
+    return torch.cat([pos[:, :extra], bicubic(table, new_grid).flatten(2).transpose(1, 2)], 1)
 
 
 def usual_heads(dim):
@@ -544,7 +549,7 @@ def resize(image, size):
     """uint8 [c, h, w] -> [c, *size], bicubic with antialiasing: PIL's result, in a fraction of its time."""
     # Channels last, as PIL has them, torch has a faster way, taken only where the batch of one has the stride it would have.
     image = image.permute(1, 2, 0).contiguous()[None].permute(0, 3, 1, 2)
-    return F.interpolate(image, tuple(size), mode="bicubic", antialias=True)[0]
+    return bicubic(image, size)[0]
 
 
 def match_channels(image, chans):
@@ -745,7 +750,7 @@ def eval_batches(cfg, run, data, ids):
         top, left, h, w = centre_box(*data.images.shape[2:], pair(cfg.img_size), data.margin)
         for some in ids.split(256):
             images = data.images[some, :, top:top + h, left:left + w].float()
-            images = F.interpolate(images, pair(cfg.img_size), mode="bicubic", antialias=True).clamp_(0, 255).to(run.device)
+            images = bicubic(images, pair(cfg.img_size)).clamp_(0, 255).to(run.device)
             yield normalise(images, cfg), {name: y[some] for name, y in data.labels.items()}
     else:
         items = ((some.tolist(), None) for some in ids.split(256))

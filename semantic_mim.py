@@ -53,11 +53,10 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from common import (MODELS, BadInput, Block, LayerNorm, Log, PatchEmbed, check_health, count_blocks, denormalise, draw,
+from common import (MODELS, BadInput, Block, LayerNorm, Log, PatchEmbed, bicubic, check_health, count_blocks, denormalise, draw,
                     eval_batches, flag, gather, load_data, load_strictly, main, normalise, param_groups, patch_grid, patchify,
-                    pca_colours, per_channel, random_mask, raw_pixels, read_checkpoint, resize_positions, resume,
-                    save_picture, seed_of, split_ids, spread, start, train_batches, usual_heads, warmup_cosine,
-                    warn_of_trouble)
+                    pca_colours, per_channel, random_mask, raw_pixels, read_checkpoint, resize_positions, resume, save_picture,
+                    seed_of, split_ids, spread, start, train_batches, usual_heads, warmup_cosine, warn_of_trouble)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -206,7 +205,7 @@ class Tokenizer:
         """images in 0..1 -> token ids [B, N]. They are resized so that one token falls on one patch: half at patch 16."""
         size = [8 * n for n in grid]
         if list(images.shape[2:]) != size:
-            images = F.interpolate(images, size, mode="bicubic", antialias=True).clamp(0, 1)
+            images = bicubic(images, size).clamp(0, 1)
         return self.logits(0.1 + 0.8 * images).argmax(1).flatten(1)
 
 
