@@ -1,8 +1,8 @@
 """Whole runs on a device that is none, because a GPU is not always at hand.
 
 Its tensors say that they are on torch's "meta", and keep their numbers on the CPU, where all is computed. What mixes them
-with tensors of the CPU raises an error, as on a GPU, and what a GPU would have to wait for is written down. What only a GPU
-can show, its kernels, precisions and speed, is not shown."""
+with tensors of the CPU raises an error, as on a GPU, and what reads numbers back, for which a GPU would have to be waited for,
+is written down. What only a GPU can show, its kernels, precisions and speed, is not shown."""
 
 import contextlib
 import functools
@@ -18,7 +18,9 @@ import evaluate
 from conftest import METHODS, MODULES, PICTURES, records, tiny, trained, write_images
 
 aten, META = torch.ops.aten, torch.device("meta")
-WAITS = []  # what a GPU would have waited for
+WAITS = []  # what would have waited for a GPU
+READING = (aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default, aten.equal.default,
+           aten._unique2.default, aten.bincount.default)  # numbers, or how many there are
 INDEXING = aten.index.Tensor, aten.index_put_.default, aten._index_put_impl_.default
 COPYING = aten.copy_.default, aten._to_copy.default, aten._foreach_copy_.default
 
@@ -72,8 +74,8 @@ def computed(func, args, kwargs):
     if device is not None:
         kwargs = kwargs | {"device": "cpu"}
     if those and (func is aten._to_copy.default and device == torch.device("cpu") or func in INDEXING and strangers
-                  or func is aten.copy_.default and not isinstance(args[0], There)
-                  or func in (aten._local_scalar_dense.default, aten.nonzero.default)):
+                  or func is aten.copy_.default and not isinstance(args[0], There) or func in READING
+                  or func is aten.index.Tensor and any(x.dtype is torch.bool for x in tensors[1:])):
         WAITS.append(str(func))
     out = func(*each(here, args), **each(here, kwargs))
     stays = bool(those) if device is None else torch.device(device) == META
@@ -116,7 +118,7 @@ def on_the_device():
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.filterwarnings("ignore:.*to a meta parameter")
 def test_a_run_there_equals_one_here(tmp_path, monkeypatch, method):
-    """Losses, gradients, features, pictures; resumed once. And between two log lines nothing is waited for."""
+    """Losses, gradients, features, pictures; resumed once. And between two log lines nothing reads back."""
     flags = dict(accum=2, epochs=4, log_every=6)  # 8 steps
 
     def stream(*args, real=MODULES[method].train_batches):
@@ -140,6 +142,7 @@ def test_a_run_there_equals_one_here(tmp_path, monkeypatch, method):
 
 @pytest.mark.parametrize("method", ["mae", "semantic_mim"])  # all pictures that there are
 def test_scores_there_equal_those_here(tmp_path, monkeypatch, method):
+    """Every kind of probe of MAE, on drawn pictures or a folder; and a method's pictures."""
     monkeypatch.setattr(evaluate, "tsne", functools.partial(evaluate.tsne, steps=2))
     trained(tiny(tmp_path / "run", method), method)
     for kind in ("one", "two"):
