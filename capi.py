@@ -386,7 +386,8 @@ class CAPI(nn.Module):
             if whole:
                 loss = cross_entropy(logits, assignments[0]) * x.shape[1]
             else:
-                torch.clear_autocast_cache()  # else the weights that were cast without gradient are used again
+                if not torch.compiler.is_compiling():  # compiled code has no such cache, and the call would break it in two
+                    torch.clear_autocast_cache()  # else the weights that were cast without gradient are used again
                 loss = loss + checkpoint(loss_of, x, assignments[-1], use_reentrant=False)
         return torch.cat(assignments, 1), loss / target.shape[1]
 
@@ -415,7 +416,7 @@ class CAPI(nn.Module):
                  "clusters": len(state[k]) for k in ("cluster_head.layer.weight", "student_head.weight_v") if k in state} | sizes
         model = cls(**sizes)
         for name in [n for n in state if n.endswith("rope.freqs")]:  # the same fixed table in each block
-            freqs, own = state.pop(name).float(), model.teacher.rotary
+            freqs, own = state.pop(name).float().cpu(), model.teacher.rotary
             if freqs.shape != own.shape or not torch.allclose(freqs, own, rtol=1e-5):
                 raise BadInput(f"not a released CAPI of these sizes: other rotary frequencies in {name}")
         if not any(name.startswith("student.") for name in state):

@@ -5,9 +5,11 @@
   python tests/benchmark.py --peers                  MAE beside transformers' and lightly's, where they are installed
   python tests/benchmark.py --images DIR             reading photographs, beside the usual PIL pipeline
   python tests/benchmark.py --cost                   what the papers' recipes take, on paper: nothing is run
+  python tests/benchmark.py --recipes --methods mae/large capi/large --settings "bf16 + compile" --batch-size 128
+                                                     what they take here; on a GPU also the share of its matrix rate
 
 A whole training step is timed: batch, mask, forward, backward, clipping, AdamW. The settings take turns, three rounds of
-each, and the median counts: on a noisy machine only ratios within one run mean anything. Never run inside a test.
+each, and the median counts: on a noisy machine only ratios within one run mean anything. No test asks for a speed.
 """
 
 import argparse
@@ -16,12 +18,16 @@ import dataclasses
 import functools
 import importlib
 import io
+import itertools
 import json
+import math
+import re
 import resource
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
 import types
 import warnings
 from pathlib import Path
@@ -33,24 +39,109 @@ SETTINGS = {"fp32": ["--amp", "off", "--compile", "off"], "bf16": ["--amp", "bf1
             "bf16 + compile": ["--amp", "bf16", "--compile", "on"]}
 
 
-def one(method, flags):
-    """A short run of the real program in this process -> its log's last training record, and the peak memory."""
-    sys.path.insert(0, str(ROOT))
+WARM_UP = 3  # steps before the first turn: compiling, the first allocations
+
+
+def one(method, flags, steps, kernels=None):
+    """The real program in this process, for `take_turns`. After its warm-up it prints a line of JSON and waits. Every line on
+    stdin asks for so many steps, and their figures as a line of JSON; "profile" for how long the GPU computed in one."""
+    began = time.perf_counter()
     import torch
     from common import parse_args
-    module = __import__(method)
-    with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(io.StringIO()):
-        cfg = parse_args(module.Config, argv=[*flags, "--out", out, "--resume", "no"])
-        status = module.train(cfg)
-        records = [json.loads(line) for line in Path(out, "log.jsonl").read_text().splitlines()]
-    if status:
+    module, told = importlib.import_module(method), sys.stdout
+    cfg = parse_args(module.Config, argv=flags)
+
+    def in_turns(cfg, run, *rest, stream=module.train_batches, began=began, **options):
+        cuda, batches = run.device.type == "cuda", stream(cfg, run, *rest, **options)
+        wait = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(run.device.type, lambda: None)
+
+        def answer(**what):
+            if cuda:
+                torch.cuda.empty_cache()  # the memory is for the others now
+            print(json.dumps(what), file=told, flush=True)
+
+        def some(count, waited):
+            for _ in range(count * cfg.accum):
+                began = time.perf_counter()
+                batch = next(batches)
+                waited.append(time.perf_counter() - began)
+                yield batch
+            wait()
+        yield from some(WARM_UP, [])
+        answer(**{"ready s": time.perf_counter() - began, "device": run.device.type})
+        while line := sys.stdin.readline():
+            yield from some(1, [])  # which gets the memory back
+            if "profile" in line:
+                with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as watch:
+                    yield from some(steps, [])
+                done = [k for k in watch.key_averages() if k.device_type == torch.autograd.DeviceType.CUDA]
+                if kernels:
+                    Path(kernels).write_text(watch.key_averages().table(sort_by="self_device_time_total", row_limit=40,
+                                                                        max_name_column_width=100))
+                answer(**{"busy ms": sum(k.self_device_time_total for k in done) / 1000 / steps})
+                continue
+            began, waited = time.perf_counter(), []
+            yield from some(steps, waited)
+            seconds = time.perf_counter() - began
+            peak = torch.cuda.max_memory_allocated() / 2**20 if cuda else \
+                resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 1024)
+            answer(**{"img/s": cfg.batch_size * steps / seconds, "ms/step": 1000 * seconds / steps, "peak MiB": peak,
+                      "data wait": sum(waited) / seconds})
+        raise Done
+    with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(Done), \
+            mock.patch.object(module, "train_batches", in_turns), mock.patch.object(module, "check_health", lambda *_: {}):
+        status = module.train(dataclasses.replace(cfg, out=out, resume="no", epochs=10**6, save_every=10**6, eval_every=0))
         sys.exit(f"{method} {flags}: status {status}")
-    steps = [r for r in records if "images_per_s" in r][1:]  # the first window holds warm-up and compilation
-    cuda = torch.cuda.is_available() and cfg.device != "cpu"
-    peak = torch.cuda.max_memory_allocated() / 2**20 if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    speed = statistics.median(r["images_per_s"] for r in steps)
-    print(json.dumps({"img/s": speed, "ms/step": 1000 * cfg.batch_size / speed, "peak MiB": peak,
-                      "data wait": statistics.median(r["data_wait"] for r in steps)}))
+
+
+class Done(Exception):
+    """Nobody asks for another turn."""
+
+
+def take_turns(rows, steps, rounds, kernels=None, meanwhile=lambda: None):
+    """[(title, method, flags)] -> {title: figures}. Every row is a process of its own. They warm up together, while `meanwhile`
+    is called; then one at a time works and the others wait, so that a slow minute touches all alike. On a GPU the peak of one
+    and the weights of all have to fit."""
+    if kernels:
+        Path(kernels).mkdir(parents=True, exist_ok=True)
+    children, failed, results = {}, {}, {}
+
+    def ask(title, line=None):
+        child, said = children[title]
+        with contextlib.suppress(BrokenPipeError):
+            if line:
+                child.stdin.write(line + "\n")
+                child.stdin.flush()
+        while (answer := child.stdout.readline()) and not answer.startswith("{"):
+            pass  # a library's words
+        if answer:
+            return json.loads(answer)
+        said.seek(0)
+        words = [line for line in said.read().splitlines() if line.strip() and "img/s" not in line]  # without the bar
+        failed[title] = f"status {child.wait()}" + f": {words[-1]}" * bool(words)
+        del children[title]
+    with contextlib.ExitStack() as stack:
+        for title, method, flags in rows:
+            table = kernels and str(Path(kernels, "-".join(re.findall(r"\w+", title)) + ".txt"))
+            said = stack.enter_context(tempfile.TemporaryFile("w+"))
+            child = subprocess.Popen([sys.executable, __file__, "--one", json.dumps([method, flags, steps, table])], text=True,
+                                     stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said)
+            stack.callback(child.wait)
+            stack.callback(child.kill)  # which comes first, whatever happens here
+            children[title] = child, said
+        meanwhile()
+        for title in [*children]:
+            results[title] = [ask(title)]
+        for _ in range(rounds):
+            for title in [*children]:
+                results[title].append(ask(title, "turn"))
+        for title in [*children]:
+            if results[title][0]["device"] == "cuda":
+                results[title][0] |= ask(title, "profile") or {}
+    for title, why in failed.items():
+        print(f"{title}: not measured ({why})")
+    return {title: ready | {k: statistics.median(r[k] for r in turns) for k in turns[0]}
+            for title, (ready, *turns) in results.items() if title not in failed}
 
 
 IMAGENET = 1_281_167
@@ -119,19 +210,21 @@ def cost_of(method, flags, fake):
     return result | {"trained": count(True), "frozen": count(False)}
 
 
-def costs(rows):
-    """(method, flags) -> their costs, one after the other."""
+def costs(rows, recompute=True):
+    """(method, flags) -> their costs, one after the other; without `recompute` CAPI's logits that come in chunks count once."""
     from torch._subclasses.fake_tensor import FakeTensorMode
-    sys.path.insert(0, str(ROOT))
     warnings.filterwarnings("ignore", "Accessing the data pointer")
-    fake = FakeTensorMode()
-    return (cost_of(method, flags, fake) for method, flags in rows)
+    fake, capi = FakeTensorMode(), importlib.import_module("capi").CAPI
+    for method, flags in rows:
+        with mock.patch.object(capi, "CHUNK", capi.CHUNK if recompute else 2**62):
+            yield cost_of(method, flags, fake)
 
 
 def print_costs(methods, card, utilisation):
     """Every recipe printed in the files' heads."""
     first = None
-    rows = [(method, flags) for method in methods for flags in recipes(method)]
+    sized = [(name.split("/")[0], [f"--model={size}" for size in name.split("/")[1:]]) for name in methods]
+    rows = [(method, flags + size) for method, size in sized for flags in recipes(method)]
     print(f"At {utilisation:.0%} of {card:g} TFLOP/s per GPU; scaling is taken as perfect, GB/step has to hide behind a step")
     print(f"{'recipe':36}{'GFLOP/img':>10}{'x 1st':>7}{'MiB/img':>9}{'state GB':>9}{'batch':>7}{'epochs':>7}{'GPU-hours':>10}"
           f"{'h on 8':>8}{'h on 64':>8}{'GB/step':>9}")
@@ -147,7 +240,7 @@ def print_costs(methods, card, utilisation):
 
 PEER_SIZES = {  # img_size, patch_size, dim, depth, heads, decoder_dim, decoder_depth, decoder_heads; batch
     "cifar": ((32, 4, 192, 6, 3, 96, 2, 3), 256), "vit_small": ((224, 16, 384, 12, 6, 512, 8, 16), 16),
-    "toy": ((32, 8, 32, 1, 1, 16, 1, 1), 8),
+    "vit_base": ((224, 16, 768, 12, 12, 512, 8, 16), 128), "toy": ((32, 8, 32, 1, 1, 16, 1, 1), 8),
 }
 
 
@@ -158,7 +251,6 @@ def contenders(sizes, compiled):
     names = "img_size patch_size dim depth heads decoder_dim decoder_depth decoder_heads".split()
     s = dict(zip(names, sizes))
     found = {}
-    sys.path.insert(0, str(ROOT))
     from mae import MAE
     for name in ["ours"] + ["ours, compiled"] * compiled:
         model = MAE(**s)
@@ -204,11 +296,10 @@ def contenders(sizes, compiled):
 
 def print_peers(which, settings, rounds, steps):
     """Images per second of the same MAE: mask, forward, backward, AdamW on images that are already there. All take turns."""
-    import time
     import torch
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     warnings.filterwarnings("ignore", ".*MAEDecoderTIMM")
-    for title in which or ["cifar", "vit_small"]:
+    for title in which or (["cifar", "vit_base"] if device.type == "cuda" else ["cifar", "vit_small"]):
         sizes, batch = PEER_SIZES[title]
         torch.manual_seed(0)
         images, racers, speeds = torch.randn(batch, 3, sizes[0], sizes[0], device=device), {}, {}
@@ -225,19 +316,21 @@ def print_peers(which, settings, rounds, steps):
                 optimizer.zero_grad(set_to_none=True)
             racers |= {f"{name}, {'bf16' if bf16 else 'fp32'}": functools.partial(step, bf16) for bf16 in (False, True)
                        if ("bf16" if bf16 else "fp32") in settings}
+        wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
         for step in racers.values():  # warm up, compile
             step(), step()
         for _ in range(rounds):
             for name, step in racers.items():
+                wait()
                 began = time.perf_counter()
                 for _ in range(steps):
                     step()
-                if device.type == "cuda":
-                    torch.cuda.synchronize()
+                wait()
                 speeds.setdefault(name, []).append(batch * steps / (time.perf_counter() - began))
         speeds = {name: statistics.median(rates) for name, rates in speeds.items()}
         peers = {name: rate for name, rate in speeds.items() if "ours" not in name}
-        print(f"{title}, batch {batch}, torch {torch.__version__}, {device}, {torch.get_num_threads()} threads")
+        name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+        print(f"{title}, batch {batch}, torch {torch.__version__}, {name}")
         print(f"{'':26}{'img/s':>8}" + "".join(f"{'x ' + name:>22}" for name in peers))
         for name, rate in speeds.items():
             print(f"{name:26}{rate:8.1f}" + "".join(f"{rate / other:22.2f}" for other in peers.values()), flush=True)
@@ -245,10 +338,8 @@ def print_peers(which, settings, rounds, steps):
 
 def print_images(folder, rounds):
     """Images per second on one core, decoded, cropped, normalised: ours beside torchvision's usual transforms of PIL images."""
-    import time
     import torch
     from torchvision import transforms as T
-    sys.path.insert(0, str(ROOT))
     import common
     torch.set_num_threads(1)
     paths = common.find_images(Path(folder))
@@ -281,13 +372,69 @@ def print_images(folder, rounds):
         print(f"{what:38}{len(paths) / statistics.median(taken[way][1:]):8.0f}{ratio:8.2f} x")
 
 
+def matrix_rate(size=8192, tries=1000):
+    """FLOP/s of a large bf16 matrix product on random numbers, 1000 in a row: clocks settle at what power and heat allow."""
+    import torch
+    a, b = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    for count in (10, tries):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        for _ in range(count):
+            a @ b
+        torch.cuda.synchronize()
+    return 2 * size**3 * tries / (time.perf_counter() - began)
+
+
+def print_methods(args, flags):
+    """The methods beside each other, at the demo's size or as the papers' recipes, with the user's `flags` on top."""
+    import torch
+    import common
+    models, rows = [], []
+    for name in dict.fromkeys(args.methods):
+        method, _, size = name.partition("/")
+        own = [*(recipes(method)[0] if args.recipes else []), *["--model", size] * bool(size), *flags]
+        common.parse_args(importlib.import_module(method).Config, argv=own)  # a typo is found here, not by every child
+        models.append((name, method, own))
+    for (name, method, own), setting, batch in itertools.product(models, *map(dict.fromkeys, (args.settings, args.batch_size))):
+        pictures = (2 if args.recipes else 8) * batch
+        rows.append((f"{name:22}{setting:16}{batch:6}", method,
+                     [*own, *SETTINGS[setting], "--data", f"shapes:{pictures}", "--batch-size", str(batch), *flags]))
+    flops = {}
+    results = take_turns(rows, args.steps, args.rounds, args.kernels, lambda: flops.update(
+        {f"{name:22}": cost["flops"] for (name, *_), cost in zip(models, costs([m[1:] for m in models], recompute=False))}))
+    cuda = any(r["device"] == "cuda" for r in results.values())
+    rate = matrix_rate() if cuda else math.nan
+    if cuda:
+        print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, a bf16 matrix product {rate / 1e12:.0f} TFLOP/s")
+    print(f"{'method':22}{'setting':16}{'batch':>6}{'img/s':>10}{'ms/step':>9}{'peak MiB':>10}{'ready s':>9}{'data wait':>11}"
+          f"{'step, x first':>15}{'FLOPs, x first':>15}" + f"{'TFLOP/s':>9}{'of rate':>9}{'busy':>7}" * cuda)
+    for title, r in results.items():
+        name, setting = title[:22], title[22:]
+        speed, first, work = r["img/s"], next(iter(flops)), flops[name]
+        of_first = results[first + setting]["img/s"] / speed if first + setting in results else math.nan
+        print(f"{title}{speed:10.0f}{r['ms/step']:9.1f}{r['peak MiB']:10.0f}{r['ready s']:9.0f}{r['data wait']:11.1%}"
+              f"{of_first:15.2f}{work / flops[first]:15.2f}" + (
+              f"{work * speed / 1e12:9.0f}{work * speed / rate if 'bf16' in setting else math.nan:9.1%}"
+              f"{r['busy ms'] / r['ms/step']:7.0%}" if cuda else ""))
+
+
+def count(text):
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
+
+
 def main():
+    sys.path.insert(0, str(ROOT))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
+    parser.add_argument("--methods", nargs="+", default=METHODS, metavar="METHOD[/SIZE]", help="optionally with "
+                        "the encoder's size: mae/large")
+    parser.add_argument("--recipes", action="store_true", help="at the size of the papers' recipes, not of the demo")
     parser.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=60, help="timed in each round")
-    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--rounds", type=count, default=3)
+    parser.add_argument("--steps", type=count, default=60, help="timed in each round")
+    parser.add_argument("--kernels", metavar="DIR", help="on a GPU: a file per row, what it computed and for how long")
+    parser.add_argument("--batch-size", type=count, nargs="+", default=[128])
     parser.add_argument("--peers", nargs="*", choices=list(PEER_SIZES), metavar="SIZE",
                         help="race MAE against transformers' and lightly's, and leave; sizes: " + " ".join(PEER_SIZES))
     parser.add_argument("--images", metavar="DIR", help="time reading and cropping the images of a folder, and leave")
@@ -296,36 +443,24 @@ def main():
     parser.add_argument("--utilisation", type=float, default=0.4, help="share of it that is reached, for --cost")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args, flags = parser.parse_known_args()
+    if unknown := {name.split("/")[0] for name in args.methods} - {*METHODS}:
+        parser.error(f"no such method: {' '.join(unknown)}; there are {' '.join(METHODS)}")
+    if "--model" in flags and "/" in "".join(args.methods):
+        parser.error("--methods METHOD/SIZE and --model say two things")
     if args.cost:
         return print_costs(args.methods, args.card, args.utilisation)
     if args.peers is not None:
         return print_peers(args.peers, args.settings, args.rounds, args.steps)
     if args.images:
         return print_images(args.images, args.rounds)
-    windows = 4  # of steps / 3 each, the first not counted
-    pictures = args.batch_size * 8
-    common = ["--data", f"shapes:{pictures}", "--batch-size", str(args.batch_size), "--log-every", str(args.steps // 3),
-              "--epochs", str(max(1, windows * (args.steps // 3) // 8)), "--save-every", "1000", "--eval-every", "0", *flags]
     if args.one:
-        method, setting = args.one.split("/")
-        return one(method, [*SETTINGS[setting], *common])
-    results = {}
-    for _ in range(args.rounds):  # in turn, so that a slow minute of the machine touches all alike
-        for method in args.methods:
-            for setting in args.settings:
-                run = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--one", f"{method}/{setting}"],
-                                     capture_output=True, text=True)
-                if run.returncode:
-                    sys.exit(run.stderr)
-                results.setdefault((method, setting), []).append(json.loads(run.stdout.splitlines()[-1]))
-    columns = ["img/s", "ms/step", "peak MiB", "data wait"]
-    flops = {method: cost["flops"] for method, cost in zip(args.methods, costs([(m, common) for m in args.methods]))}
-    print(f"{'method':14}{'setting':18}" + "".join(f"{c:>12}" for c in columns) + f"{'step, x first':>15}{'FLOPs, x first':>15}")
-    for (method, setting), rounds in results.items():
-        values = {c: statistics.median(r[c] for r in rounds) for c in columns}
-        first = statistics.median(r["ms/step"] for r in results[args.methods[0], setting])
-        print(f"{method:14}{setting:18}{values['img/s']:12.0f}{values['ms/step']:12.1f}{values['peak MiB']:12.0f}"
-              f"{values['data wait']:12.1%}{values['ms/step'] / first:15.2f}{flops[method] / flops[args.methods[0]]:15.2f}")
+        one(*json.loads(args.one))
+    else:
+        from common import BadInput
+        try:
+            print_methods(args, flags)
+        except BadInput as error:
+            parser.error(str(error))
 
 
 if __name__ == "__main__":

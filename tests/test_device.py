@@ -2,10 +2,13 @@
 
 Its tensors say that they are on torch's "meta", and keep their numbers on the CPU, where all is computed. What mixes them
 with tensors of the CPU raises an error, as on a GPU, and what reads numbers back, for which a GPU would have to be waited for,
-is written down. What only a GPU can show, its kernels, precisions and speed, is not shown."""
+is written down. What only a GPU can show, its kernels, precisions and speed, is not shown: where there is one, the same tests
+run on it too, and so do the comparisons with the authors' numbers."""
 
 import contextlib
 import functools
+import importlib
+import inspect
 import json
 import sys
 
@@ -95,7 +98,7 @@ def moved(model, device):
 @contextlib.contextmanager
 def on_the_device():
     """torch as it would be, in the few places where it asks the name "meta" and not the tensor."""
-    tensor, draw, save = torch.tensor, common.draw, torch.save
+    tensor, save = torch.tensor, torch.save
 
     def made(data, device="cpu", **kind):
         WAITS.extend(["torch.tensor"] * (device == META))
@@ -108,16 +111,53 @@ def on_the_device():
         patch.setattr(torch, "autocast", lambda *args, **flags: contextlib.nullcontext())
         patch.setattr(torch.nn.Module, "to", moved)
         patch.setattr(common, "choose_device", lambda name, rank: META)
-        for module in list(sys.modules.values()):
-            if getattr(module, "draw", None) is draw:
-                patch.setattr(module, "draw", lambda shape, device, *parts: draw(shape, "cpu", *parts).to(device))
+        draw_here(patch)
         with Computed():
             yield
 
 
+def draw_here(patch, draw=common.draw):
+    """On the CPU, and copied: each device has random numbers of its own, and runs are to be compared."""
+    for module in list(sys.modules.values()):
+        if getattr(module, "draw", None) is draw:
+            patch.setattr(module, "draw", lambda shape, device, *parts: draw(shape, "cpu", *parts).to(device))
+
+
+@contextlib.contextmanager
+def on_the_gpu():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "choose_device", lambda name, rank: torch.device("cuda", 0))
+        patch.setattr(torch, "set_float32_matmul_precision", lambda precision: None)  # no TF32: it is good to three digits
+        draw_here(patch)
+        yield
+
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+each_device = pytest.mark.parametrize("device", [on_the_device, pytest.param(on_the_gpu, marks=needs_gpu)])
+
+
+@needs_gpu
+@pytest.mark.parametrize("name", ["mae", "latent_mim", "semantic_mim_hog", "semantic_mim_hog16", "semantic_mim_dvae", "pilamim",
+                                  "capi", "capi_registers"])
+def test_the_authors_numbers_on_a_gpu(monkeypatch, name):
+    """The tests that compare with them, with everything moved there."""
+    module = importlib.import_module("test_" + next(method for method in METHODS if name.startswith(method)))
+    if not (path := module.FIXTURES / f"{name}.pt").exists():
+        pytest.skip(f"needs ../shared/fixtures/{name}.pt, numbers from the authors' program")
+    fixture, released = each(lambda t: t.cuda(), torch.load(path, weights_only=True)), module.released
+    monkeypatch.setattr(module, "released", lambda fixture: released(fixture).cuda())
+    takes = {test: inspect.signature(test).parameters for name, test in vars(module).items() if name.startswith("test_fixture")}
+    tests = [test for test, names in takes.items() if "fixture" in names]
+    assert len(tests) > 2
+    for test in tests:
+        with pytest.MonkeyPatch.context() as patch:
+            test(fixture, *[patch] * ("monkeypatch" in takes[test]))
+
+
+@each_device
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.filterwarnings("ignore:.*to a meta parameter")
-def test_a_run_there_equals_one_here(tmp_path, monkeypatch, method):
+def test_a_run_there_equals_one_here(tmp_path, monkeypatch, method, device):
     """Losses, gradients, features, pictures; resumed once. And between two log lines nothing reads back."""
     flags = dict(accum=2, epochs=4, log_every=6)  # 8 steps
 
@@ -126,22 +166,24 @@ def test_a_run_there_equals_one_here(tmp_path, monkeypatch, method):
             if number in (0, 7):  # the first micro-batch of the third step, the last of the sixth, where a log line is due
                 waits.append(len(WAITS))
             yield images
-    for place, device in (("here", contextlib.nullcontext), ("there", on_the_device)):
+    for place, where in (("here", contextlib.nullcontext), ("there", device)):
         waits = []
-        with device(), monkeypatch.context() as patch:
+        with where(), monkeypatch.context() as patch:
             trained(tiny(tmp_path / place, method, **flags | {"epochs": 1}, save_every=1), method)
             patch.setattr(MODULES[method], "train_batches", stream)
             trained(tiny(tmp_path / place, method, **flags), method)
-    assert len(waits) == 2 and waits[0] == waits[1], WAITS[waits[0]:waits[1]]
+    assert len(waits) == 2 and waits[0] == waits[1], WAITS[waits[0]:waits[1]]  # a real one: test_no_step_waits_for_the_gpu
     for there, home in zip(records(tmp_path / "there"), records(tmp_path / "here"), strict=True):
         for name in {*home} & {"loss", "grad_norm", "rank", "feature_std"}:
             assert there[name] == pytest.approx(home[name], rel=1e-3), name
     assert all((tmp_path / "there" / name).exists() for name in PICTURES[method])
-    assert records(tmp_path / "there")[0]["device"].startswith("meta")
+    name = records(tmp_path / "there")[0]["device"]
+    assert name == torch.cuda.get_device_name() if device is on_the_gpu else name.startswith("meta")
 
 
+@each_device
 @pytest.mark.parametrize("method", ["mae", "semantic_mim"])  # all pictures that there are
-def test_scores_there_equal_those_here(tmp_path, monkeypatch, method):
+def test_scores_there_equal_those_here(tmp_path, monkeypatch, method, device):
     """Every kind of probe of MAE, on drawn pictures or a folder; and a method's pictures."""
     monkeypatch.setattr(evaluate, "tsne", functools.partial(evaluate.tsne, steps=2))
     trained(tiny(tmp_path / "run", method), method)
@@ -151,14 +193,14 @@ def test_scores_there_equal_those_here(tmp_path, monkeypatch, method):
             {"probe": ("knn", "attentive"), "data": str(tmp_path / "images")})  # linear is attentive without queries
     if method == "semantic_mim":
         sets = {"probe": ("knn",), "picture": True},
-    scores = {contextlib.nullcontext: [], on_the_device: []}
-    for device in scores:
-        with device():
+    scores = {contextlib.nullcontext: [], device: []}
+    for where in scores:
+        with where():
             for flags in sets:
                 cfg = evaluate.Config(str(tmp_path / "run/last.pt"), limit=32, epochs=1, finetune_epochs=1, workers=0,
-                                      rows=("trained", "raw"), **flags)
+                                      device="cpu", amp="off", rows=("trained", "raw"), **flags)
                 assert evaluate.evaluate(cfg) == 0
                 for row in json.loads((tmp_path / "run/last.eval.json").read_text())["scores"].values():
-                    scores[device] += row.values()
+                    scores[where] += row.values()
     here, there = scores.values()
     assert there == pytest.approx(here, abs=0.02)

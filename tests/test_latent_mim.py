@@ -62,7 +62,7 @@ def test_fixture_features(fixture):
     pooled, patches = model.encode(images)
     close(patches, fixture["outputs"]["features_patches"])
     close(pooled, fixture["outputs"]["features_patches"].mean(1))
-    everywhere = torch.arange(16).expand(3, -1)
+    everywhere = torch.arange(16, device=images.device).expand(3, -1)
     close(model.encoder(patchify(images, 8), everywhere), fixture["outputs"]["projected"])
     tokens = model.encoder.tokens(patchify(images, 8), model.encoder.pos_embed[:, 1:])
     close(tokens[:, 0], fixture["outputs"]["features_cls"])

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import io
 import difflib
 import inspect
 import json
@@ -614,13 +615,16 @@ def test_docs_are_small_and_there():
 
 
 @each_method
-def test_benchmark_knows_the_five(capsys, method):
-    """What it runs in a process of its own for each method and setting."""
+def test_benchmark_knows_the_five(capsys, monkeypatch, method):
+    """What it runs in a process of its own for each method and setting, and asks for two turns."""
     benchmark = runpy.run_path(str(ROOT / "tests" / "benchmark.py"))
     assert benchmark["METHODS"] == [*METHODS]
-    benchmark["one"](method, [*tiny_flags(method), "--log-every", "1"])
-    measured = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert measured.keys() == {"img/s", "ms/step", "peak MiB", "data wait"} and measured["img/s"] > 0
+    monkeypatch.setattr(sys, "stdin", io.StringIO("turn\nturn\n"))
+    benchmark["one"](method, tiny_flags(method), 2)
+    ready, *turns = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert ready.keys() == {"ready s", "device"} and ready["device"] == "cpu" and len(turns) == 2
+    for turn in turns:
+        assert turn.keys() == {"img/s", "ms/step", "peak MiB", "data wait"} and turn["img/s"] > 0
 
 
 def test_readme_snippets(tmp_path, monkeypatch):
