@@ -662,7 +662,7 @@ def test_chunks_train_the_clusters_under_autocast_too(monkeypatch):
     for chunk, compiled in ((2**27, False), (1, False), (4 * 12 * 8, True)):
         monkeypatch.setattr(CAPI, "CHUNK", chunk)
         torch.manual_seed(0)
-        model = small()
+        model = small(depth=1, decoder_depth=1)
         if compiled:
             model.compile(backend="aot_eager", fullgraph=True)
         with torch.autocast("cpu", torch.bfloat16):

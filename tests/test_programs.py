@@ -556,7 +556,7 @@ def test_printed_command_runs(programs, command, tmp_path, monkeypatch, capsys):
     flags = [*words[script + 1:], *TOY_FLAGS, *small, "--out", str(tmp_path / "run")]
     if words[script].endswith("benchmark.py"):
         flags = [*words[script + 1:], "--rounds", "1", "--steps", "3", "--batch-size", "8", "--model", "nano",
-                 "--img-size", "32", "--settings", "fp32", "--methods", "mae"]
+                 "--img-size", "32", "--settings", "fp32", "--methods", "mae", *METHODS["mae"].split()]
         flags[:1] = ["--peers", "toy"] if flags[0] == "--peers" else flags[:1]
     elif str(folder) in words:
         flags += ["--batch-size", "4"]
