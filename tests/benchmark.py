@@ -392,16 +392,16 @@ def print_methods(args, flags):
     models, rows = [], []
     for name in dict.fromkeys(args.methods):
         method, _, size = name.partition("/")
-        own = [*(recipes(method)[0] if args.recipes else []), *["--model", size] * bool(size), *flags]
-        common.parse_args(importlib.import_module(method).Config, argv=own)  # a typo is found here, not by every child
+        own = [*(recipes(method)[0] if args.recipes else []), *["--model", size] * bool(size)]
+        common.parse_args(importlib.import_module(method).Config, argv=own + flags)  # a typo is found here, not by every child
         models.append((name, method, own))
     for (name, method, own), setting, batch in itertools.product(models, *map(dict.fromkeys, (args.settings, args.batch_size))):
         pictures = (2 if args.recipes else 8) * batch
         rows.append((f"{name:22}{setting:16}{batch:6}", method,
                      [*own, *SETTINGS[setting], "--data", f"shapes:{pictures}", "--batch-size", str(batch), *flags]))
-    flops = {}
+    flops, counted = {}, costs([(method, own + flags) for _, method, own in models], recompute=False)
     results = take_turns(rows, args.steps, args.rounds, args.kernels, lambda: flops.update(
-        {f"{name:22}": cost["flops"] for (name, *_), cost in zip(models, costs([m[1:] for m in models], recompute=False))}))
+        {f"{name:22}": cost["flops"] for (name, *_), cost in zip(models, counted)}))
     cuda = any(r["device"] == "cuda" for r in results.values())
     rate = matrix_rate() if cuda else math.nan
     if cuda:

@@ -2,9 +2,9 @@
 
 import ast
 import dataclasses
-import io
 import difflib
 import inspect
+import io
 import json
 import os
 import re
