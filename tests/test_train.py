@@ -511,15 +511,19 @@ def test_loader_processes_may_be_spawned(tmp_path):
 
 
 def test_compile_auto_waits_for_a_long_run(capsys, monkeypatch):
-    """On a CPU it is decided by the length of the run; `on` and `off` are what they say."""
+    """It is decided by the length of the run, on a GPU by its steps; `on` and `off` are what they say."""
     monkeypatch.setenv("CXX", "c++")
     cfg = tiny("unused", compile="auto")
     model = mae.build(cfg)
     trained = sum(p.numel() for p in model.parameters())
     hour = int(5e13 * torch.get_num_threads() / (2 * trained * model.num_patches * cfg.batch_size))  # in steps
-    for flag, total, compiled in (("auto", 10, False), ("auto", hour // 2, False), ("auto", 2 * hour, True), ("on", 10, True),
-                                  ("off", 10**12, False)):
+    monkeypatch.setattr(common, "device_name", str)
+    for device, flag, total, compiled in (
+            ("cpu", "auto", 10, False), ("cpu", "auto", hour // 2, False), ("cpu", "auto", 2 * hour, True), ("cpu", "on", 10, True),
+            ("cpu", "off", 10**12, False), ("cuda", "auto", 4999, False), ("cuda", "auto", 5000, True), ("cuda", "on", 10, True),
+            ("cuda", "off", 10**12, False)):
         chosen, run = common.start(dataclasses.replace(cfg, compile=flag))
+        run.device = torch.device(device)
         run.describe(chosen, model, total, 1e-3)
-        assert run.compile == compiled, (flag, total)
+        assert run.compile == compiled, (device, flag, total)
         assert (", compiled" in capsys.readouterr().out) == compiled
