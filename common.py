@@ -130,8 +130,8 @@ class Block(nn.Module):
         self.norm1, self.attn, self.ls1, self.drop_path1 = norm(dim), Attention(dim, heads, qkv_bias), scale(), drop()
         self.norm2, self.mlp, self.ls2, self.drop_path2 = norm(dim), Mlp(dim, 4 * dim), scale(), drop()
 
-    def forward(self, x):  # [B, T, D]
-        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x))))
+    def forward(self, x, keys_only=0):  # [B, T, D] -> [B, T - keys_only, D]
+        x = x[:, keys_only:] + self.drop_path1(self.ls1(self.attn(self.norm1(x), keys_only)))
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
 
 

@@ -144,10 +144,15 @@ class MAE(nn.Module):
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1)
         return self.norm(self.blocks(x))
 
-    def decode(self, latent, ids_visible, ids_masked):  # [B, 1 + V, D] -> [B, V + M, P], visible places first
+    def decode(self, latent, ids_visible, ids_masked, unread=1):
+        """[B, 1 + V, D] -> [B, V + M, P], visible places first. The loss reads the masked places alone: `unread` tokens, CLS
+        and perhaps the visible ones, are keys and values in the last block and nothing after it, which changes no number."""
         x, pos = self.decoder_embed(latent), self.decoder_pos_embed[:, 1:]
         x = torch.cat([x[:, :1], x[:, 1:] + gather(pos, ids_visible), self.mask_token + gather(pos, ids_masked)], 1)
-        return self.decoder_pred(self.decoder_norm(self.decoder_blocks(x)))[:, 1:]
+        *first, last = self.decoder_blocks
+        for block in first:
+            x = block(x)
+        return self.decoder_pred(self.decoder_norm(last(x, keys_only=unread)))
 
     def forward(self, images, mask=None, num_visible=None):
         """images [B, C, H, W]; mask bool [B, N], True = masked, the same number in each row; None draws one. Without
@@ -159,7 +164,7 @@ class MAE(nn.Module):
         ids_visible, ids_masked = split_ids(mask, num_visible)
         patches = patchify(images, self.patch_size)  # [B, N, P]
         latent = self.encode_visible(patches, ids_visible)  # [B, 1 + V, D]
-        pred = self.decode(latent, ids_visible, ids_masked)[:, -ids_masked.shape[1]:]  # [B, M, P]
+        pred = self.decode(latent, ids_visible, ids_masked, unread=latent.shape[1])  # [B, M, P]
         target = gather(patches, ids_masked)  # [B, M, P]
         target = standardise(target)[0] if self.norm_pix else target
         loss = pixel_loss(pred, target)

@@ -144,12 +144,17 @@ class Decoder(nn.Module):
         self.blocks = nn.Sequential(*[Block(width, heads, qkv_bias=False, norm=nn.LayerNorm) for _ in range(depth)])
         self.head = nn.Linear(width, out)
 
-    def forward(self, latent, ids_visible, ids_masked):  # [B, 1 + V, D] -> CLS [B, out], [B, V + M, out], visible first
+    def forward(self, latent, ids_visible, ids_masked, unread=0):
+        """[B, 1 + V, D] -> visible places [B, V - unread, out], CLS [B, out], masked places [B, M, out]. The losses read CLS
+        and the masked ones: `unread` tokens are keys and values in the last block and nothing after it."""
         x, pos = self.embed(latent), self.pos_embed[:, 1:]
-        x = torch.cat([x[:, :1] + self.pos_embed[:, :1], x[:, 1:] + gather(pos, ids_visible),
+        x = torch.cat([x[:, 1:] + gather(pos, ids_visible), x[:, :1] + self.pos_embed[:, :1],
                        self.mask_token + gather(pos, ids_masked)], 1)
-        x = self.head(self.blocks(x))
-        return x[:, 0], x[:, 1:]
+        *first, last = self.blocks
+        for block in first:
+            x = block(x)
+        x, num_masked = self.head(last(x, keys_only=unread)), ids_masked.shape[1]
+        return x[:, :-1 - num_masked], x[:, -1 - num_masked], x[:, -num_masked:]
 
 
 class PiLaMIM(nn.Module):
@@ -189,25 +194,23 @@ class PiLaMIM(nn.Module):
             mask = random_mask(torch.rand(len(images), self.num_patches, device=images.device),
                                self.num_patches - self.num_visible)
             num_visible = self.num_visible
-        num_visible = num_visible or int((~mask[0]).sum())
         ids_visible, ids_masked = split_ids(mask, num_visible)
-
         patches = patchify(images, self.patch_size)  # [B, N, P]
         latent = self.encoder(gather(patches, ids_visible), gather(self.encoder.pos_embed, ids_visible))  # [B, 1 + V, D]
         with torch.no_grad():
             target = self.teacher(patches, self.teacher.pos_embed)  # [B, 1 + N, D]
         target_cls, target_latents = target[:, 0], gather(target[:, 1:], ids_masked)  # [B, D], [B, M, D]
         target_pixels = gather(patches, ids_masked)  # [B, M, P]
-        # Both decoders give the visible places first, then the masked in the order of ids_masked: the same patch meets.
-        _, pixels = self.decoder(latent, ids_visible, ids_masked)  # [B, V + M, P]
-        cls, latents = self.latent_decoder(latent, ids_visible, ids_masked)  # [B, D], [B, V + M, D]
-        losses = {"pixel_loss": squared_error(pixels[:, num_visible:], target_pixels),
-                  "latent_loss": squared_error(latents[:, num_visible:], target_latents),
+        # Both decoders give the masked places in the order of ids_masked: prediction and target are of the same patch.
+        _, _, pixels = self.decoder(latent, ids_visible, ids_masked, unread=ids_visible.shape[1])  # [B, M, P]
+        _, cls, latents = self.latent_decoder(latent, ids_visible, ids_masked, unread=ids_visible.shape[1])  # [B, D], [B, M, D]
+        losses = {"pixel_loss": squared_error(pixels, target_pixels),
+                  "latent_loss": squared_error(latents, target_latents),
                   "cls_loss": squared_error(cls, target_cls)}
         loss = sum(weight * part for weight, part in zip(self.weights, losses.values()))
         with torch.no_grad():
             logs = {name: part.detach() for name, part in losses.items()} | {
-                "loss_of_mean": target_pixels.var(unbiased=False), "pred_std": spread(latents[:, num_visible:]),
+                "loss_of_mean": target_pixels.var(unbiased=False), "pred_std": spread(latents),
                 "target_std": spread(target_latents)}
         return loss, logs
 
@@ -225,8 +228,8 @@ class PiLaMIM(nn.Module):
         ids_visible, ids_masked = split_ids(mask)
         patches, p, hidden = patchify(images, self.patch_size), self.patch_size, mask[..., None]
         latent = self.encoder(gather(patches, ids_visible), gather(self.encoder.pos_embed, ids_visible))
-        pred = self.decoder(latent, ids_visible, ids_masked)[1].float()
-        pred = restore(pred, torch.cat([ids_visible, ids_masked], 1))
+        visible, _, masked = self.decoder(latent, ids_visible, ids_masked)
+        pred = restore(torch.cat([visible, masked], 1).float(), torch.cat([ids_visible, ids_masked], 1))
         return [unpatchify(t, p, self.grid) for t in (patches.masked_fill(hidden, 0), pred, torch.where(hidden, pred, patches))]
 
     @classmethod

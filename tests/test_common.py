@@ -87,6 +87,16 @@ def test_attention_and_block_options():
         common.Attention(12, 5)
 
 
+def test_keys_only_changes_no_number():
+    """A block that leaves out queries which nobody reads: the other outputs and all gradients are the same."""
+    block, x = common.Block(12, 3), torch.randn(2, 5, 12, requires_grad=True)
+    found = []
+    for out in (block(x)[:, 2:], block(x, keys_only=2)):
+        found.append([out, *torch.autograd.grad(out.square().sum(), [x, *block.parameters()])])
+    assert found[1][0].shape == (2, 3, 12)
+    torch.testing.assert_close(*found)
+
+
 def test_drop_path_keeps_the_mean():
     drop = common.DropPath(0.25)
     out = drop(torch.ones(20000, 2, 3))

@@ -50,6 +50,7 @@ def test_fixture_tokens_and_prediction(fixture):
     close(latent[:, 1:], fixture["outputs"]["visible_tokens"])
     pred = model.decode(latent, visible, masked)
     close(restore(pred, torch.cat([visible, masked], 1)), fixture["outputs"]["pred"])
+    close(model.decode(latent, visible, masked, unread=latent.shape[1]), pred[:, visible.shape[1]:])  # as the loss reads it
 
 
 def test_fixture_features(fixture):

@@ -113,10 +113,9 @@ def parts(model, images, mask):
         take = lambda t: torch.stack([row[ids] for row, ids in zip(t.expand(len(images), -1, -1), visible)])
         latent = model.encoder(take(patches), take(model.encoder.pos_embed))
         targets = model.teacher(patches, model.teacher.pos_embed)
-        order = torch.cat([visible, masked], 1)
-        _, pixels = model.decoder(latent, visible, masked)
-        cls, latents = model.latent_decoder(latent, visible, masked)
-        pixels, latents = restore(pixels, order), restore(latents, order)
+        everywhere = lambda seen, cls, hidden: (cls, restore(torch.cat([seen, hidden], 1), torch.cat([visible, masked], 1)))
+        _, pixels = everywhere(*model.decoder(latent, visible, masked))
+        cls, latents = everywhere(*model.latent_decoder(latent, visible, masked))
     pairs = [(b, n) for b in range(len(images)) for n in range(16) if mask[b, n]]
     mean = lambda squares: sum(squares) / len(squares)
     return (mean([(pixels[b, n] - patches[b, n]).square().mean() for b, n in pairs]),
@@ -183,9 +182,9 @@ class Places(nn.Module):
         super().__init__()
         self.width, self.scale = width, scale
 
-    def forward(self, latent, ids_visible, ids_masked):
-        ids = self.scale * torch.cat([ids_visible, ids_masked], 1).float()
-        return torch.full((len(ids), self.width), -1.0), ids[..., None].expand(-1, -1, self.width)
+    def forward(self, latent, ids_visible, ids_masked, unread=0):
+        places = lambda ids: self.scale * ids[..., None].float().expand(-1, -1, self.width)
+        return places(ids_visible), torch.full((len(latent), self.width), -1.0), places(ids_masked)
 
 
 @pytest.mark.parametrize("teacher, decoder, meets", [(Marks, Places, True), (Released, Places, False)])
@@ -211,9 +210,8 @@ def test_real_teacher_keeps_its_patches_in_place():
             super().__init__()
             self.shift = shift
 
-        def forward(self, latent, ids_visible, ids_masked):
-            ids = torch.cat([ids_visible, ids_masked], 1)
-            return known[:, 0], torch.stack([k[1 + (i + self.shift) % 16] for k, i in zip(known, ids)])
+        def forward(self, latent, ids_visible, ids_masked, unread):
+            return None, known[:, 0], torch.stack([k[1 + (i + self.shift) % 16] for k, i in zip(known, ids_masked)])
     for shift in (0, 1):
         model.latent_decoder = Known(shift)
         logs = model(images, mask)[1]
@@ -223,13 +221,23 @@ def test_real_teacher_keeps_its_patches_in_place():
 def test_decoders_know_their_places():
     """A decoder's output at a place depends on its position: exchange two positions, and outputs change places."""
     decoder, latent, (visible, masked) = small().decoder, torch.randn(1, 5, 32), split_ids(some_mask(1), 4)
-    before = decoder(latent, visible, masked)[1][:, 4:]
+    *others, before = decoder(latent, visible, masked)
+    assert [part.shape for part in others] == [(1, 4, 192), (1, 192)]
     a, b = masked[0, 2].item(), masked[0, 7].item()
     with torch.no_grad():
         decoder.pos_embed[:, [1 + a, 1 + b]] = decoder.pos_embed[:, [1 + b, 1 + a]]
-    after = decoder(latent, visible, masked)[1][:, 4:]
+    *_, after = decoder(latent, visible, masked)
     torch.testing.assert_close(after[:, [2, 7]], before[:, [7, 2]])
     assert (after[:, 2] - before[:, 2]).abs().max() > 1e-4
+
+
+def test_unread_places_change_no_number():
+    """Training leaves the visible places out of the decoders' last block; what it computes of the others is the same."""
+    for decoder in (small().decoder, small().latent_decoder):
+        latent, (visible, masked) = torch.randn(2, 5, 32), split_ids(some_mask(2), 4)
+        everywhere, read = decoder(latent, visible, masked), decoder(latent, visible, masked, unread=4)
+        assert everywhere[0].shape[1] == 4 and read[0].shape[1] == 0
+        torch.testing.assert_close(read[1:], everywhere[1:])
 
 
 def test_student_sees_the_visible_and_the_teacher_everything():
@@ -240,7 +248,7 @@ def test_student_sees_the_visible_and_the_teacher_everything():
     patches, versions = patchify(images, 8), []
     for changed in (None, mask, ~mask):
         model(images if changed is None else unpatchify(patches + changed[..., None], 8, (4, 4)), mask)
-        versions.append({part: out if torch.is_tensor(out) else out[1] for part, out in seen.items()})
+        versions.append({part: out if torch.is_tensor(out) else out[2] for part, out in seen.items()})
     original, hidden, shown = versions
     assert original["encoder"].shape == (2, 5, 32) and original["teacher"].shape == (2, 17, 32)
     for part in ("encoder", "decoder", "latent_decoder"):
