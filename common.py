@@ -966,8 +966,8 @@ class Run:
         return self.device.type == "cpu" and not math.isfinite(grad_norm)
 
     def describe(self, cfg, model, total, peak_lr):
-        """What the run really uses. --compile auto is decided here, by what was measured: on a CPU compiling takes a minute or two
-        and saves 7 % (MAE, bf16, two cores) and more; on an H100 40 s (nano) to 200 s (ViT-L), and saves a quarter (ViT-B)."""
+        """What the run really uses. --compile auto is decided here, by what was measured: on a CPU compiling takes a minute or
+        two and saves 7 % (MAE, bf16, two cores) and more; on an H100 40 s (nano) to 200 s (ViT-L) and saves a quarter (ViT-B)."""
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         if cfg.compile == "auto" and self.device.type == "cpu":  # what a thread of an EPYC does in an hour, with nano
             hour = torch.get_num_threads() * (2e14 if self.amp is torch.bfloat16 else 5e13)

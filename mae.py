@@ -145,8 +145,8 @@ class MAE(nn.Module):
         return self.norm(self.blocks(x))
 
     def decode(self, latent, ids_visible, ids_masked, unread=1):
-        """[B, 1 + V, D] -> [B, V + M, P], visible places first. The loss reads the masked places alone: `unread` tokens, CLS
-        and perhaps the visible ones, are keys and values in the last block and nothing after it, which changes no number."""
+        """[B, 1 + V, D] -> [B, V + M, P], visible places first; with unread = 1 + V the masked ones alone, [B, M, P], which are
+        all that the loss reads. The first `unread` tokens are keys and values in the last block, and nothing after it."""
         x, pos = self.decoder_embed(latent), self.decoder_pos_embed[:, 1:]
         x = torch.cat([x[:, :1], x[:, 1:] + gather(pos, ids_visible), self.mask_token + gather(pos, ids_masked)], 1)
         *first, last = self.decoder_blocks

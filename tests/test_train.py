@@ -519,9 +519,9 @@ def test_compile_auto_waits_for_a_long_run(capsys, monkeypatch):
     hour = int(5e13 * torch.get_num_threads() / (2 * trained * model.num_patches * cfg.batch_size))  # in steps
     monkeypatch.setattr(common, "device_name", str)
     for device, flag, total, compiled in (
-            ("cpu", "auto", 10, False), ("cpu", "auto", hour // 2, False), ("cpu", "auto", 2 * hour, True), ("cpu", "on", 10, True),
-            ("cpu", "off", 10**12, False), ("cuda", "auto", 4999, False), ("cuda", "auto", 5000, True), ("cuda", "on", 10, True),
-            ("cuda", "off", 10**12, False)):
+            ("cpu", "auto", 10, False), ("cpu", "auto", hour // 2, False), ("cpu", "auto", 2 * hour, True),
+            ("cpu", "on", 10, True), ("cpu", "off", 10**12, False), ("cuda", "auto", 4999, False), ("cuda", "auto", 5000, True),
+            ("cuda", "on", 10, True), ("cuda", "off", 10**12, False)):
         chosen, run = common.start(dataclasses.replace(cfg, compile=flag))
         run.device = torch.device(device)
         run.describe(chosen, model, total, 1e-3)
