@@ -12,8 +12,8 @@ numbers of a patch, D encoder width, E decoder width, T tokens of any kind, Q qu
 gw, or G, patches along a side, d the width of a head.
 """
 
-import argparse, atexit, contextlib, dataclasses, datetime, difflib, functools, importlib.metadata, itertools, json, math
-import multiprocessing, os, platform, shutil, signal, subprocess, sys, time, typing, warnings, zipfile
+import argparse, atexit, collections, contextlib, dataclasses, datetime, difflib, functools, importlib.metadata, itertools, json
+import math, multiprocessing, os, platform, shutil, signal, subprocess, sys, time, typing, warnings, zipfile, zlib
 from pathlib import Path
 
 import numpy as np
@@ -379,6 +379,7 @@ class Pixels:
 class Folder:
     """A set of image files that are read when they are needed."""
     margin = 0.875  # 224 out of 256, as everyone's evaluation has it
+    held_out = False  # where it is a part of the training folder
 
     def __init__(self, paths, labels, chans):
         self.paths = np.array([os.fsencode(p) for p in paths])  # one block of bytes: workers share it, lists they copy
@@ -429,8 +430,8 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".ppm", ".pgm", 
 READ_ERRORS = (Exception,)  # on a file that is no image decoders raise anything: EOFError, MemoryError, BadZipFile, struct.error
 
 
-def load_data(cfg, run):
-    """cfg.data -> (training set, validation set or None)."""
+def load_data(cfg, run, strict=False):
+    """cfg.data -> (training set, validation set or None). Strict: a val/ that cannot be used is an error."""
     name, _, many = cfg.data.partition(":")
     if name == "shapes":
         if many and not many.isdigit() or many == "0":
@@ -439,7 +440,7 @@ def load_data(cfg, run):
         return tuple(shapes_set(cfg, start, n, run) for start, n in zip((0, 1 << 40), sizes))
     if cfg.data in NAMED:
         return tuple(named_set(cfg, options, run) for options in NAMED[cfg.data][1:3])
-    return folder_sets(cfg, run)
+    return folder_sets(cfg, run, strict)
 
 
 def shapes_set(cfg, start, n, run):
@@ -484,49 +485,64 @@ def named_set(cfg, options, run):
     return Pixels(torch.stack(images), {"class": torch.tensor(labels)})
 
 
-def folder_sets(cfg, run):
-    """Any folder of images: nested or flat; `train/` and `val/` inside are used as such; folders of the first level
-    are classes. Without `val/`, every tenth image of a labelled folder is held out for k-NN."""
+def folder_sets(cfg, run, strict):
+    """Any folder of images: nested or flat; `train/` and `val/` inside are used as such, unless `train` is a class among
+    others; folders of the first level are classes. Without a labelled `val/`, every tenth image of a labelled folder is held
+    out for k-NN, and no class's only one."""
     root = Path(cfg.data)
-    if not root.is_dir():
+    if not cfg.data or not root.is_dir():
         close = difflib.get_close_matches(cfg.data, ["shapes", *NAMED], 1)
         raise BadInput(f"--data {cfg.data}: no such folder" + (f"; did you mean {close[0]}?" if close else
                        f", and not one of: shapes {' '.join(NAMED)}"))
-    split = (root / "train").is_dir()
-    train_root, val_root = (root / "train", root / "val") if split else (root, None)
-    paths = find_images(train_root)
+    others = [d for d in root.iterdir() if d.is_dir() and d.name != "train" and not d.name.startswith(".")]
+    split = (root / "train").is_dir() and (any(d.name in ("val", "valid", "validation", "test") for d in others)
+                                           or not any(find_images(d) for d in others))  # else it is one class of several
+    train_root, val_root = (root / "train", root / "val") if split else (root, root)
+    if Path(cfg.out).resolve() == train_root.resolve():
+        raise BadInput(f"--out {cfg.out}: is where the images are, and the run's pictures would be among them")
+    paths = find_images(train_root, cfg.in_chans)
     if not paths:
         raise BadInput(f"--data {cfg.data}: no image in it (looked for {' '.join(EXTENSIONS)})")
     top = lambda path, base: path.parts[len(base.parts)] if len(path.parts) > len(base.parts) + 1 else None
-    classes = sorted({top(p, train_root) for p in paths} - {None})
-    labelled = len(classes) > 1 and all(top(p, train_root) for p in paths)
-    if split and val_root.is_dir() and labelled:
-        val_paths = find_images(val_root)
-        unknown = sorted({str(top(p, val_root)) for p in val_paths} - set(classes))
-        if unknown:
-            raise BadInput(f"--data {cfg.data}: val/ has classes that train/ has not: {' '.join(unknown[:5])}")
-    else:
-        val_root, val_paths = train_root, paths[9::10] if labelled else []
-        paths = [p for i, p in enumerate(paths) if i % 10 != 9] if labelled else paths
+    classes = collections.Counter(top(p, train_root) for p in paths)
+    labelled = len(classes) > 1 and None not in classes
+    val_paths = find_images(val_root, cfg.in_chans) if split and labelled else []
+    unknown = {top(p, val_root) for p in val_paths} - set(classes)
+    if None in unknown and not strict:  # as ImageNet's unpacks; nothing is trained on it
+        run.say(f"warning: {val_root} has images in no class folder; of train/ every tenth is held out for k-NN instead")
+    elif unknown:
+        raise BadInput(f"--data {cfg.data}: val/ has " + ("images in no class folder" if None in unknown else
+                       f"classes that train/ has not: {' '.join(sorted(unknown)[:5])}"))
+    if unknown or not val_paths:
+        held = [labelled and i % 10 == 9 and classes[top(p, train_root)] > 1 for i, p in enumerate(paths)]
+        val_root, val_paths = train_root, [p for p, h in zip(paths, held) if h]
+        paths = [p for p, h in zip(paths, held) if not h]
     run.say(f"data: {len(paths)} images in {train_root}, " + (f"{len(classes)} classes from its folders, {len(val_paths)} "
             "images for k-NN" if labelled else "no labels (no class folders), so no k-NN"))
-    number = {name: i for i, name in enumerate(classes)}
-    return tuple(Folder(ps, [number[top(p, base)] if labelled else -1 for p in ps], cfg.in_chans) if ps else None
-                 for ps, base in ((paths, train_root), (val_paths, val_root)))
+    names = b"\n".join(os.fsencode(p.relative_to(train_root)) for p in paths)
+    run.images = f"{len(paths)} images, names {zlib.crc32(names):08x}"
+    number = {name: i for i, name in enumerate(sorted(classes))} if labelled else {}
+    sets = [Folder(ps, [number[top(p, base)] if labelled else -1 for p in ps], cfg.in_chans) if ps else None
+            for ps, base in ((paths, train_root), (val_paths, val_root))]
+    if sets[1]:
+        sets[1].held_out = val_root == train_root
+    return tuple(sets)
 
 
-def find_images(root):
-    """All image files below root, sorted; hidden ones are left out, a folder that links to its parent ends."""
+def find_images(root, chans=5):
+    """All image files below root, sorted; hidden ones are left out, and what runs have left; a folder that links to its parent
+    ends. Up to four channels an array is an image only where there are no others: photographs have arrays beside them."""
     found, visited = [], set()
     for folder, inside, names in os.walk(root, followlinks=True):
         real = os.path.realpath(folder)
-        if real in visited:
+        if real in visited or "log.jsonl" in names:
             inside[:] = []
             continue
         visited.add(real)
         inside[:] = sorted(d for d in inside if not d.startswith("."))
         found += [Path(folder, n) for n in names if n.lower().endswith(EXTENSIONS) and not n.startswith(".")]
-    return sorted(found)
+    pictures = [path for path in found if path.suffix.lower() != ".npy"]
+    return sorted(pictures if pictures and chans <= 4 else found)
 
 
 def size_of(picture):  # -> height, width
@@ -580,7 +596,8 @@ def open_image(path):
         return image[None] if image.ndim == 2 else image.permute(2, 0, 1)
     with Image.open(path) as image:  # of an animation the first picture
         image.load()  # before the file is closed; not every Pillow's exif_transpose does it
-        ImageOps.exif_transpose(image, in_place=True)  # as it was held, not as the sensor lay
+        with contextlib.suppress(Exception):  # it turns first, then writes the EXIF anew: an odd entry there does not matter
+            ImageOps.exif_transpose(image, in_place=True)  # as it was held, not as the sensor lay
         if image.mode[0] in "IF":  # 16 bits or more: convert would cut at 255
             array = np.asarray(image, np.float32)
             top = 65535 if image.mode.startswith("I") else array.max()
@@ -723,6 +740,7 @@ def train_batches(cfg, run, data, scale, start, total, size=None, labelled=False
     start..total-1. `scale` is the crop's least and most share of the area, `size` its height and width if not img_size;
     labelled: in pairs with the labels [m], the first kind where there are several."""
     size, order = size or pair(cfg.img_size), Order(len(data), cfg.seed)
+    run.training = True
     places = ((step, run.rows(cfg, micro)) for step in range(start, total) for micro in range(cfg.accum))
     if isinstance(data, Pixels):
         images = data.images
@@ -923,7 +941,10 @@ class Run:
     world: int = 1
     local_rank: int = 0
     local_world: int = 1
+    training: bool = False  # the first batch has been asked for
     signal: int = 0  # the number of a signal that asked for the end
+    images: str = ""  # of a folder: how many and which, for a checkpoint to know them again
+    lines: int = 0  # of the log, so far
     warned: set = dataclasses.field(default_factory=set)  # what has been warned of; once is enough
     broken: dict = dataclasses.field(default_factory=dict)  # images of a set that could not be read: index, name
 
@@ -979,14 +1000,18 @@ class Run:
                  f"batch: {cfg.batch_size} = {self.world} processes x {cfg.accum} micro-batches x "
                  f"{cfg.batch_size // self.world // cfg.accum}; {total} steps, {total * cfg.batch_size} images; "
                  f"base lr {cfg.base_lr:g}, lr {peak_lr:g}")
+        if cfg.warmup_epochs and (cfg.warmup_epochs >= cfg.epochs or total == 1):
+            self.warn("warm-up", f"as long as the run ({total} steps): more --epochs, fewer --warmup-epochs or a smaller "
+                      "--batch-size")
 
     def save(self, cfg, **state):
         if self.main:
-            save_checkpoint(Path(cfg.out, "last.pt"), state)
+            save_checkpoint(Path(cfg.out, "last.pt"), state | ({"images": self.images} if self.images else {}))
 
     def warn_if_data_bound(self, share):
-        if share > 0.3:
-            self.warn("data-bound", f"{share:.0%} of the time is spent waiting for images; more --workers may help")
+        if share > 0.3 and self.lines:  # not of the first line, which has the workers' start in it
+            self.warn("data-bound", f"{share:.0%} of the time is spent waiting for images; of a folder, more --workers may help")
+        self.lines += 1
 
     def warn(self, name, text):
         if name not in self.warned:
@@ -1059,9 +1084,11 @@ def start(cfg, minutes=30):
     asked = [math.inf]
 
     def on_signal(number, frame):
-        if time.monotonic() > asked[0] + 1:  # asked again: leave at once. (torchrun passes a Ctrl-C on, a moment later.)
+        if not run.training or time.monotonic() > asked[0] + 1:  # nothing to save yet, or asked again: leave at once.
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
+        if run.main and not run.signal:  # (torchrun passes a Ctrl-C on, a moment later.)
+            os.write(2, b"\nfinishing the step, then saving; a second signal: no saving\n")
         run.signal, asked[0] = number, min(asked[0], time.monotonic())
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, on_signal)
@@ -1166,6 +1193,8 @@ def read_checkpoint(path):
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise BadInput(f"{path}: no such file") from error
+    except IsADirectoryError as error:
+        raise BadInput(f"{path}: cannot be read: a folder; of a run, say {Path(path, 'last.pt')}") from error
     except Exception as error:  # torch.load raises half a dozen kinds, all of them meaning this
         why = "it needs unpickling of code, which is refused" if "safe_globals" in str(error) or "reduce" in str(error) else \
             "truncated, damaged, or not a PyTorch checkpoint"
@@ -1198,7 +1227,10 @@ def resume(cfg, method, run, **parts):
         raise BadInput(f"{path}: a checkpoint of {state['method']}, not of {method}")
     if not ("method" in state and isinstance(state.get("config"), dict) and isinstance(state.get("step"), int)):
         raise BadInput(f"{path}: not a checkpoint of this repository's training runs")
+    if (there := state.get("images", run.images)) != run.images:
+        raise BadInput(f"{path}: made from other images ({there} there, {run.images} now); take another --out, or --resume no")
     changeable = CHANGEABLE | {field.name for field in dataclasses.fields(cfg) if field.metadata.get("changeable")}
+    changeable |= {"data"} if run.images and "images" in state else set()  # the same images in another place
     differ = [f"--{k.replace('_', '-')} {state['config'].get(k)} there, {v} now" for k, v in
               dataclasses.asdict(cfg).items() if k not in changeable and state["config"].get(k) != v]
     if differ:
@@ -1266,6 +1298,9 @@ class Log:
             part = self.path.with_name("log.jsonl.part")
             part.write_text("".join(json.dumps(r) + "\n" for r in records))
             part.replace(self.path)
+            for name in ("previous.pt", "last.pt") if not step else ():  # --resume no: the next start is to go on from this run
+                if self.path.with_name(name).exists():
+                    os.replace(self.path.with_name(name), self.path.with_name("replaced.pt"))
             self.tests = [r for r in records if "rank" in r]  # of k-NN, for `summary`
             self.file = open(self.path, "a", buffering=1)
 
@@ -1273,8 +1308,8 @@ class Log:
         if self.main:
             self.tests += [record] * ("rank" in record)
             with writing(self.path):
-                self.file.write(json.dumps({k: float(f"{v:.6g}") if isinstance(v, float) else v
-                                            for k, v in record.items()}) + "\n")
+                self.file.write(json.dumps({k: v if not isinstance(v, float) else float(f"{v:.6g}") if math.isfinite(v) else None
+                                            for k, v in record.items()}) + "\n")  # JSON knows no NaN
 
     def summary(self, cfg):
         """k-NN before and after training and of raw pixels, as far as the log has them."""

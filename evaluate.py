@@ -20,6 +20,7 @@ Features are what the method's `encode` gives (its docstring says of which encod
 --layer say otherwise. Everything that was chosen stands in the JSON file that is written beside the checkpoint.
 """
 
+import contextlib
 import copy
 import dataclasses
 import importlib
@@ -186,7 +187,7 @@ def masked_sets(cfg, masks, run):
     for split, folder in zip(("train", "val"), masks if len(masks) == 2 else masks * 2):
         inside = base / split
         folder = base / folder if (base / folder).is_dir() else Path(folder)
-        paths = [p for p in find_images(inside) if folder not in p.parents]
+        paths = [p for p in find_images(inside, cfg.in_chans) if folder not in p.parents]
         lost = [p for p in paths if not (folder / p.relative_to(inside)).with_suffix(".png").exists()]
         if lost or not paths:
             raise BadInput(f"--masks {folder}: " + (f"no mask for {len(lost)} of {len(paths)} images, the first {lost[0].name}"
@@ -289,7 +290,8 @@ def probe_images(probe, train, train_labels, test, test_labels, cfg):
     for name, y in train_labels.items():
         missing = sorted(set(test_labels[name].tolist()) - set(y.tolist()))
         if missing:
-            raise BadInput(f"--data: the test set has classes of `{name}` that the training set has not: {missing[:5]}")
+            raise BadInput(f"--data: the test set has classes of `{name}` that the training set has not: {missing[:5]}"
+                           + "; a larger --limit may have them" * bool(cfg.limit))
         if probe == "knn":
             for k in (1, 20):
                 scores[f"{name} k={k}"] = accuracy(knn_predict(train, y, test, k), test_labels[name])
@@ -597,7 +599,7 @@ def evaluate(cfg):
     model, untrained = model.to(run.device), untrained.to(run.device)
     encode, encode_untrained = (encoder_of(m, method, cfg.pool, cfg.layer) for m in (model, untrained))
     given = [given_image(path, mcfg) for path in cfg.images]  # read now, so that a typo is found before an hour of probing
-    sets = masked_sets(mcfg, cfg.masks, run) if cfg.masks or mcfg.data in MASKED else load_data(mcfg, run)
+    sets = masked_sets(mcfg, cfg.masks, run) if cfg.masks or mcfg.data in MASKED else load_data(mcfg, run, strict=True)
     if (cfg.held_out or "finetune" in cfg.probe) and not hasattr(sets[0], "labels"):
         raise BadInput("--held-out and --probe finetune: only for a folder, or for a set that is held in memory")
     if "finetune" in cfg.probe and run.amp is torch.float16:
@@ -605,6 +607,9 @@ def evaluate(cfg):
     if cfg.held_out:
         sets = hold_out(sets[0])
     labelled = sets[1] is not None and (bool(sets[1].labels) if isinstance(sets[1], Pixels) else sets[1].labelled)
+    if cfg.picture and not labelled and not cfg.masks and cfg.probe == Config.probe:
+        run.say("--data has no labels: no probes, pictures only")
+        cfg = dataclasses.replace(cfg, probe=())
     for probe in cfg.probe:
         if probe.startswith("seg") and not (isinstance(sets[1], Pixels) and sets[1].maps is not None):
             raise BadInput(f"--probe {probe} needs a label per pixel: --data shapes, {' '.join(MASKED)}, or a folder with "
@@ -612,6 +617,9 @@ def evaluate(cfg):
         if not probe.startswith("seg") and not labelled:
             raise BadInput(f"--probe {probe} needs labels: --data has no class folders (or no val/ with them)")
 
+    path = Path(cfg.checkpoint).resolve().parent / f"{Path(cfg.checkpoint).stem}.eval.json"
+    if path.is_dir() or not os.access(path.parent, os.W_OK):  # found now, not after an hour of probing
+        raise BadInput(f"{path}: cannot be written")
     rows = {"trained": (encode, model), "untrained": (encode_untrained, untrained), "raw pixels": (raw_pixels, None)}
     rows = {row: ways for row, ways in rows.items() if row.split()[0] in cfg.rows}
     table, choices = {row: {} for row in rows}, {row: {} for row in rows}
@@ -627,24 +635,28 @@ def evaluate(cfg):
             run.say(f"{row:12}" + "  ".join(f"{probe} {name} {score:.1f}" for name, score in scores.items()))
             if row == "trained" and chosen:
                 run.say(f"  {probe} chose " + json.dumps(chosen))
-    folder, names = Path(cfg.checkpoint).resolve().parent, []
-    if run.main:
-        if cfg.picture:
-            names = draw_pictures(model, method, encode, mcfg, dataclasses.replace(run, world=1), sets[1], cfg, folder, given)
+    names = draw_pictures(model, method, encode, mcfg, dataclasses.replace(run, world=1), sets[1] or sets[0], cfg, path.parent,
+                          given) if run.main and cfg.picture else []
+    if run.main and cfg.probe:
         protocol = {"checkpoint": Path(cfg.checkpoint).name, "method": method, "encode": " ".join(model.encode.__doc__.split()),
                     "pool": cfg.pool, "layer": cfg.layer, "data": mcfg.data, "train": len(sets[0]), "test": len(sets[1]),
-                    "test_set": "every tenth of the training set" if cfg.held_out else "its own",
+                    "test_set": "every tenth of the training set" if cfg.held_out else
+                    "every tenth of the folder" if getattr(sets[1], "held_out", False) else "its own",
                     "img_size": pair(mcfg.img_size), "crop": f"centre, {sets[1].margin} of the shorter side", "seed": cfg.seed,
                     "limit": cfg.limit or "none; attentive 4096, seg- 1024", "knn": "cosine, features as they are, k 1 and 20, "
                     "votes exp(cosine / 0.07)", "heads": f"on standardised features, {cfg.epochs} epochs, rates {RATES}, "
                     f"decays {DECAYS}",
-                    "amp": str(run.amp), "torch": torch.__version__}
-        path = folder / f"{Path(cfg.checkpoint).stem}.eval.json"
+                    "amp": str(run.amp), "torch": torch.__version__, "masks": cfg.masks, "ignore": cfg.ignore}
+        report = {"protocol": protocol, "scores": table, "chosen": choices}
+        with contextlib.suppress(OSError, ValueError):  # what earlier calls found stays, the last one first
+            last = json.loads(path.read_text())
+            report["before"] = [last, *last.pop("before", [])]
         with writing(path):
-            path.write_text(json.dumps({"protocol": protocol, "scores": table, "chosen": choices}, indent=1))
+            path.write_text(json.dumps(report, indent=1))
         for key, value in protocol.items():
             print(f"  {key}: {value}")
-        print(f"written: {' '.join([path.name, *names])}")
+    if run.main:
+        print(f"written: {' '.join([path.name] * bool(cfg.probe) + names)}")
     return 0
 
 

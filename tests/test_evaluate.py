@@ -160,11 +160,33 @@ def test_pool_and_layer_are_in_the_protocol_and_rows_are_those_asked_for(tmp_pat
     for flags in (["--pool", "cls"], ["--pool", "mean"], ["--pool", "mean", "--layer", 0], ["--pool", "mean", "--layer", 0]):
         assert run(monkeypatch, path, "--probe", "knn", "--rows", "trained", *flags) == 0
         told.append(json.loads((tmp_path / "last.eval.json").read_text()))
+    assert [len(t.pop("before", [])) for t in told] == [0, 1, 2, 3] and told[3] == told[2]
+    assert json.loads((tmp_path / "last.eval.json").read_text())["before"] == told[2::-1]  # no score is lost
     chosen = [(t["protocol"]["pool"], t["protocol"]["layer"]) for t in told]
     assert chosen == [("cls", -1), ("mean", -1), ("mean", 0), ("mean", 0)]
     scores = [t["scores"].pop("trained") for t in told]
     assert not any(t["scores"] for t in told)  # --rows had them left out
     assert scores[0] != scores[1] != scores[2] == scores[3]
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_pictures_without_labels(tmp_path, monkeypatch, capsys, given):
+    """A flat folder has nothing to probe with, and pictures are what its owner wants. A probe that is asked for is refused."""
+    folder, path = write_images(tmp_path / "flat", 4), checkpoint(tmp_path / "last.pt", "mae")
+    flags = ["--data", folder, "--picture", *["--images", folder / "001.png"] * given]
+    assert run(monkeypatch, path, *flags) == 0
+    out, pictures = capsys.readouterr().out, {p.name for p in tmp_path.glob("*.png")}
+    assert {"eval_pca.png", "eval_reconstruction.png", "eval_tsne_patches.png"} == pictures and "pictures only" in out
+    assert not (tmp_path / "last.eval.json").exists() and all(name in out for name in pictures)
+    assert run(monkeypatch, path, *flags, "--probe", "knn") == 2 and "needs labels" in capsys.readouterr().err
+
+
+def test_a_part_of_the_folder_is_no_test_set_of_its_own(tmp_path, monkeypatch):
+    for name in ("a", "b"):
+        write_images(tmp_path / "set" / name, 12)
+    assert run(monkeypatch, checkpoint(tmp_path / "last.pt", "mae"), "--data", tmp_path / "set", "--probe", "knn") == 0
+    protocol = json.loads((tmp_path / "last.eval.json").read_text())["protocol"]
+    assert protocol["test_set"] == "every tenth of the folder" and (protocol["train"], protocol["test"]) == (22, 2)
 
 
 @pytest.mark.parametrize("name, method", [("mae", "mae"), ("latent_mim", "latent_mim"), ("semantic_mim_hog", "semantic_mim"),
@@ -340,7 +362,7 @@ def test_finetuning_heeds_its_flags(tmp_path, monkeypatch):
 
 
 def test_finetuning_a_set_that_is_read_as_it_goes(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(evaluate, "load_data", lambda cfg, run: [common.Named("imagenette", [None] * 20, 3)] * 2)
+    monkeypatch.setattr(evaluate, "load_data", lambda cfg, run, strict: [common.Named("imagenette", [None] * 20, 3)] * 2)
     for flag in (["--probe", "finetune"], ["--held-out"]):
         assert run(monkeypatch, checkpoint(tmp_path / "last.pt", "mae"), *flag) == 2
         assert "held in memory" in capsys.readouterr().err
