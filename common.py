@@ -1227,14 +1227,15 @@ def resume(cfg, method, run, **parts):
         raise BadInput(f"{path}: a checkpoint of {state['method']}, not of {method}")
     if not ("method" in state and isinstance(state.get("config"), dict) and isinstance(state.get("step"), int)):
         raise BadInput(f"{path}: not a checkpoint of this repository's training runs")
-    if (there := state.get("images", run.images)) != run.images:
-        raise BadInput(f"{path}: made from other images ({there} there, {run.images} now); take another --out, or --resume no")
     changeable = CHANGEABLE | {field.name for field in dataclasses.fields(cfg) if field.metadata.get("changeable")}
-    changeable |= {"data"} if run.images and "images" in state else set()  # the same images in another place
+    there = state.get("images", "")  # of a folder, and since there are such records
+    changeable |= {"data"} if there and there == run.images else set()  # the same images in another place
     differ = [f"--{k.replace('_', '-')} {state['config'].get(k)} there, {v} now" for k, v in
               dataclasses.asdict(cfg).items() if k not in changeable and state["config"].get(k) != v]
     if differ:
         raise BadInput(f"{path}: made with another Config ({'; '.join(differ)}); take another --out, or --resume no")
+    if there and there != run.images:
+        raise BadInput(f"{path}: made from other images ({there} there, {run.images} now); take another --out, or --resume no")
     try:
         for name, part in parts.items():
             if state[name] or name != "scaler":  # whose state is empty where it was off
