@@ -568,7 +568,7 @@ def train(cfg):
             # the only wait for the device: one vector, averaged over the processes, which so agree on what it says
             *values, norm, bad_steps, stop = run.average(torch.stack(
                 [*values, grad_norm, bad, bad.new_tensor(float(run.signal > 0))])).tolist()
-            bad_steps = bad_steps or 36 * (scaler.get_scale() < 1e-6)  # fp16: the scale was halved that often, in vain
+            bad_steps = bad_steps or 36 * (scaler.get_scale() < 1e-6)  # fp16 (which waits once more): halved so often, in vain
             if bad_steps:
                 last = Path(cfg.out, "last.pt")
                 run.say(f"error: the loss or its gradient is not finite since step {step + 1 - math.ceil(bad_steps)} (now lr "

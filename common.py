@@ -511,8 +511,8 @@ def folder_sets(cfg, run, strict):
     if None in unknown and not strict:  # as ImageNet's unpacks; nothing is trained on it
         run.say(f"warning: {val_root} has images in no class folder; of train/ every tenth is held out for k-NN instead")
     elif unknown:
-        raise BadInput(f"--data {cfg.data}: val/ has " + ("images in no class folder" if None in unknown else
-                       f"classes that train/ has not: {' '.join(sorted(unknown)[:5])}"))
+        raise BadInput(f"--data {cfg.data}: val/ has " + ("images in no class folder; --held-out takes others" if None in unknown
+                       else f"classes that train/ has not: {' '.join(sorted(unknown)[:5])}"))
     if unknown or not val_paths:
         held = [labelled and i % 10 == 9 and classes[top(p, train_root)] > 1 for i, p in enumerate(paths)]
         val_root, val_paths = train_root, [p for p, h in zip(paths, held) if h]
@@ -1274,7 +1274,8 @@ def save_checkpoint(path, state):
 
 class Log:
     """OUT/log.jsonl: a header record, then one record per line; also keeps the run folder writable or says so. Opened
-    by a run that resumes at a step, it first drops what was logged after it, and adds its header if that is another."""
+    by a run that resumes at a step, it first drops what was logged after it, and adds its header if that is another; by a
+    run that begins, it puts the checkpoints of the one before aside."""
 
     def __init__(self, cfg, method, run, step):
         self.path, self.main = Path(cfg.out, "log.jsonl"), run.main
@@ -1299,7 +1300,7 @@ class Log:
             part = self.path.with_name("log.jsonl.part")
             part.write_text("".join(json.dumps(r) + "\n" for r in records))
             part.replace(self.path)
-            for name in ("previous.pt", "last.pt") if not step else ():  # --resume no: the next start is to go on from this run
+            for name in () if step else ("previous.pt", "last.pt"):  # the next start is to go on from this run
                 if self.path.with_name(name).exists():
                     os.replace(self.path.with_name(name), self.path.with_name("replaced.pt"))
             self.tests = [r for r in records if "rank" in r]  # of k-NN, for `summary`

@@ -599,7 +599,8 @@ def evaluate(cfg):
     model, untrained = model.to(run.device), untrained.to(run.device)
     encode, encode_untrained = (encoder_of(m, method, cfg.pool, cfg.layer) for m in (model, untrained))
     given = [given_image(path, mcfg) for path in cfg.images]  # read now, so that a typo is found before an hour of probing
-    sets = masked_sets(mcfg, cfg.masks, run) if cfg.masks or mcfg.data in MASKED else load_data(mcfg, run, strict=True)
+    sets = masked_sets(mcfg, cfg.masks, run) if cfg.masks or mcfg.data in MASKED else \
+        load_data(mcfg, run, strict=not cfg.held_out)
     if (cfg.held_out or "finetune" in cfg.probe) and not hasattr(sets[0], "labels"):
         raise BadInput("--held-out and --probe finetune: only for a folder, or for a set that is held in memory")
     if "finetune" in cfg.probe and run.amp is torch.float16:
