@@ -15,7 +15,6 @@ each, and the median counts: on a noisy machine only ratios within one run mean 
 import argparse
 import contextlib
 import dataclasses
-import functools
 import importlib
 import io
 import itertools
@@ -36,9 +35,7 @@ from unittest import mock
 ROOT = Path(__file__).resolve().parents[1]
 METHODS = ["mae", "latent_mim", "semantic_mim", "pilamim", "capi"]
 SETTINGS = {"fp32": ["--amp", "off", "--compile", "off"], "bf16": ["--amp", "bf16", "--compile", "off"],
-            "bf16 + compile": ["--amp", "bf16", "--compile", "on"]}
-
-
+            "fp32 + compile": ["--amp", "off", "--compile", "on"], "bf16 + compile": ["--amp", "bf16", "--compile", "on"]}
 WARM_UP = 3  # steps before the first turn: compiling, the first allocations
 
 
@@ -238,102 +235,132 @@ def print_costs(methods, card, utilisation):
               f"{cfg.batch_size:7}{cfg.epochs:7}{hours:10.0f}{hours / 8:8.1f}{hours / 64:8.1f}{2 * 4 * r['trained'] / 1e9:9.2f}")
 
 
-PEER_SIZES = {  # img_size, patch_size, dim, depth, heads, decoder_dim, decoder_depth, decoder_heads; batch
+PEER_SIZES = {  # SIZE_NAMES; batch
     "cifar": ((32, 4, 192, 6, 3, 96, 2, 3), 256), "vit_small": ((224, 16, 384, 12, 6, 512, 8, 16), 16),
     "vit_base": ((224, 16, 768, 12, 12, 512, 8, 16), 128), "toy": ((32, 8, 32, 1, 1, 16, 1, 1), 8),
 }
+SIZE_NAMES = "img_size patch_size dim depth heads decoder_dim decoder_depth decoder_heads".split()
 
 
-def contenders(sizes, compiled):
-    """name -> (model, function from images to loss), all MAE with 75 % masked and standardised targets."""
+def contender(name, s):
+    """-> model, function from images to loss: MAE of the sizes `s`, with 75 % masked and standardised targets."""
     import torch
     import torch.nn.functional as F
-    names = "img_size patch_size dim depth heads decoder_dim decoder_depth decoder_heads".split()
-    s = dict(zip(names, sizes))
-    found = {}
-    from mae import MAE
-    for name in ["ours"] + ["ours, compiled"] * compiled:
+    if name == "ours":
+        import common
+        from mae import MAE
+        common.keep_memory()  # as every run of ours does
         model = MAE(**s)
-        found[name] = (model, lambda images, model=model: model(images)[0])
-    if compiled:
-        found["ours, compiled"][0].compile()
-    try:
+        return model, lambda images: model(images)[0]
+    if name == "transformers":
         from transformers import ViTMAEConfig, ViTMAEForPreTraining
         theirs = ViTMAEForPreTraining(ViTMAEConfig(
             image_size=s["img_size"], patch_size=s["patch_size"], hidden_size=s["dim"], num_hidden_layers=s["depth"],
             num_attention_heads=s["heads"], intermediate_size=4 * s["dim"], decoder_hidden_size=s["decoder_dim"],
             decoder_num_hidden_layers=s["decoder_depth"], decoder_num_attention_heads=s["decoder_heads"],
             decoder_intermediate_size=4 * s["decoder_dim"], mask_ratio=0.75, norm_pix_loss=True))
-        found["transformers"] = (theirs, lambda images: theirs(images).loss)
-    except ImportError as error:
-        print(f"transformers: not measured ({error})")
-    try:
-        from lightly.models import utils
-        from lightly.models.modules import MAEDecoderTIMM, MaskedVisionTransformerTIMM
-        from timm.models.vision_transformer import VisionTransformer
-        vit = VisionTransformer(img_size=s["img_size"], patch_size=s["patch_size"], embed_dim=s["dim"], depth=s["depth"],
-                                num_heads=s["heads"], num_classes=0)
-        encoder = MaskedVisionTransformerTIMM(vit=vit)
-        length = encoder.sequence_length
-        decoder = MAEDecoderTIMM(num_patches=length - 1, patch_size=s["patch_size"], embed_dim=s["dim"],
-                                 decoder_embed_dim=s["decoder_dim"], decoder_depth=s["decoder_depth"],
-                                 decoder_num_heads=s["decoder_heads"], mlp_ratio=4.0, proj_drop_rate=0.0, attn_drop_rate=0.0)
+        return theirs, lambda images: theirs(images).loss
+    from lightly.models import utils
+    from lightly.models.modules import MAEDecoderTIMM, MaskedVisionTransformerTIMM
+    from timm.models.vision_transformer import VisionTransformer
+    vit = VisionTransformer(img_size=s["img_size"], patch_size=s["patch_size"], embed_dim=s["dim"], depth=s["depth"],
+                            num_heads=s["heads"], num_classes=0)
+    encoder = MaskedVisionTransformerTIMM(vit=vit)
+    length = encoder.sequence_length
+    decoder = MAEDecoderTIMM(num_patches=length - 1, patch_size=s["patch_size"], embed_dim=s["dim"],
+                             decoder_embed_dim=s["decoder_dim"], decoder_depth=s["decoder_depth"],
+                             decoder_num_heads=s["decoder_heads"], mlp_ratio=4.0, proj_drop_rate=0.0, attn_drop_rate=0.0)
 
-        def loss_of(images):
-            keep, hidden = utils.random_token_mask(size=(len(images), length), mask_ratio=0.75, device=images.device)
-            x = decoder.embed(encoder.encode(images=images, idx_keep=keep))
-            tokens = utils.repeat_token(decoder.mask_token, (len(images), length))
-            tokens = utils.set_at_index(tokens, keep, x.type_as(tokens))
-            pred = decoder.predict(utils.get_at_index(decoder.decode(tokens), hidden))
-            target = utils.get_at_index(utils.patchify(images, s["patch_size"]), hidden - 1)
-            target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6) ** 0.5
-            return F.mse_loss(pred.float(), target)
-        found["lightly"] = (torch.nn.ModuleList([encoder, decoder]), loss_of)
-    except ImportError as error:
-        print(f"lightly: not measured ({error})")
-    return found
+    def loss_of(images):
+        keep, hidden = utils.random_token_mask(size=(len(images), length), mask_ratio=0.75, device=images.device)
+        x = decoder.embed(encoder.encode(images=images, idx_keep=keep))
+        tokens = utils.repeat_token(decoder.mask_token, (len(images), length))
+        tokens = utils.set_at_index(tokens, keep, x.type_as(tokens))
+        pred = decoder.predict(utils.get_at_index(decoder.decode(tokens), hidden))
+        target = utils.get_at_index(utils.patchify(images, s["patch_size"]), hidden - 1)
+        target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6) ** 0.5
+        return F.mse_loss(pred.float(), target)
+    return torch.nn.ModuleList([encoder, decoder]), loss_of
+
+
+def race(name, size, setting, steps):
+    """One MAE in this process, for `take_turns`: mask, forward, backward, AdamW, on images that are already there."""
+    import torch
+    sizes, batch = PEER_SIZES[size]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    warnings.filterwarnings("ignore", ".*MAEDecoderTIMM")
+    torch.manual_seed(0)
+    images = torch.randn(batch, 3, sizes[0], sizes[0], device=device)
+    model, loss_of = contender(name, dict(zip(SIZE_NAMES, sizes)))
+    model.to(device).train()
+    if "compile" in setting:
+        model.compile()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.05, **({"fused": True} if name == "ours" else {}))
+
+    def some(count):
+        wait()
+        began = time.perf_counter()
+        for _ in range(count):
+            with torch.autocast(device.type, torch.bfloat16, enabled="bf16" in setting):
+                loss = loss_of(images)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        wait()
+        return time.perf_counter() - began
+
+    def answer(**what):
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # the memory is for the others now
+        print(json.dumps(what), flush=True)
+    answer(**{"ready s": some(WARM_UP), "device": "cpu"})  # no GPU's profile is wanted
+    while sys.stdin.readline():
+        some(1)  # which gets the memory back
+        answer(**{"img/s": batch * steps / some(steps)})
+
+
+def matrix_rate(device, dtype):
+    """FLOP/s of a large matrix product on random numbers; on a GPU 1000 in a row: clocks settle at what power and heat allow."""
+    import torch
+    size, tries = (8192, 1000) if device.type == "cuda" else (1024, 50)
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    for count in (10, tries):
+        wait()
+        began = time.perf_counter()
+        for _ in range(count):
+            a @ b
+        wait()
+    return 2 * size**3 * tries / (time.perf_counter() - began)
 
 
 def print_peers(which, settings, rounds, steps):
-    """Images per second of the same MAE: mask, forward, backward, AdamW on images that are already there. All take turns."""
+    """Images per second of the same MAE, each in a process of its own: ours in all settings, the peers as they come."""
     import torch
+    from torch.utils.flop_counter import FlopCounterMode
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    warnings.filterwarnings("ignore", ".*MAEDecoderTIMM")
-    for title in which or (["cifar", "vit_base"] if device.type == "cuda" else ["cifar", "vit_small"]):
-        sizes, batch = PEER_SIZES[title]
-        torch.manual_seed(0)
-        images, racers, speeds = torch.randn(batch, 3, sizes[0], sizes[0], device=device), {}, {}
-        for name, (model, loss_of) in contenders(sizes, "bf16 + compile" in settings).items():
-            model.to(device).train()
-            trained = [p for p in model.parameters() if p.requires_grad]
-            optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.05, **({"fused": True} if "ours" in name else {}))
-
-            def step(bf16, loss_of=loss_of, optimizer=optimizer):
-                with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                    loss = loss_of(images)
-                loss.backward()
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-            racers |= {f"{name}, {'bf16' if bf16 else 'fp32'}": functools.partial(step, bf16) for bf16 in (False, True)
-                       if ("bf16" if bf16 else "fp32") in settings}
-        wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-        for step in racers.values():  # warm up, compile
-            step(), step()
-        for _ in range(rounds):
-            for name, step in racers.items():
-                wait()
-                began = time.perf_counter()
-                for _ in range(steps):
-                    step()
-                wait()
-                speeds.setdefault(name, []).append(batch * steps / (time.perf_counter() - began))
-        speeds = {name: statistics.median(rates) for name, rates in speeds.items()}
-        peers = {name: rate for name, rate in speeds.items() if "ours" not in name}
-        name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads"
-        print(f"{title}, batch {batch}, torch {torch.__version__}, {name}")
-        print(f"{'':26}{'img/s':>8}" + "".join(f"{'x ' + name:>22}" for name in peers))
-        for name, rate in speeds.items():
-            print(f"{name:26}{rate:8.1f}" + "".join(f"{rate / other:22.2f}" for other in peers.values()), flush=True)
+    where = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    for size in which or (["cifar", "vit_base"] if device.type == "cuda" else ["cifar", "vit_small"]):
+        rows = [(f"{name}, {setting}", "race", [name, size, setting]) for name in ("ours", "transformers", "lightly")
+                for setting in settings if name == "ours" or "compile" not in setting]
+        speeds = {title: r["img/s"] for title, r in take_turns(rows, steps, rounds).items()}
+        peers = {title: rate for title, rate in speeds.items() if "ours" not in title}
+        sizes, batch = PEER_SIZES[size]
+        print(f"{size}, batch {batch}, torch {torch.__version__}, {where}")
+        print(f"{'':26}{'img/s':>8}" + "".join(f"{'x ' + title:>22}" for title in peers))
+        for title, rate in speeds.items():
+            print(f"{title:26}{rate:8.1f}" + "".join(f"{rate / other:22.2f}" for other in peers.values()), flush=True)
+        _, loss_of = contender("ours", dict(zip(SIZE_NAMES, sizes)))
+        with torch.autocast("cpu", torch.bfloat16), FlopCounterMode(display=False) as counter:  # it knows no fused attention
+            loss_of(torch.randn(2, 3, sizes[0], sizes[0])).backward()
+        flops = counter.get_total_flops() / 2
+        for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+            if name in settings:
+                rate = matrix_rate(device, dtype)
+                print(f"ours is {flops / 1e9:.3f} GFLOP an image: {rate / flops:.0f} img/s at the {rate / 1e9:.0f} GFLOP/s of "
+                      f"large {name} products")
 
 
 def print_images(folder, rounds):
@@ -372,19 +399,6 @@ def print_images(folder, rounds):
         print(f"{what:38}{len(paths) / statistics.median(taken[way][1:]):8.0f}{ratio:8.2f} x")
 
 
-def matrix_rate(size=8192, tries=1000):
-    """FLOP/s of a large bf16 matrix product on random numbers, 1000 in a row: clocks settle at what power and heat allow."""
-    import torch
-    a, b = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    for count in (10, tries):
-        torch.cuda.synchronize()
-        began = time.perf_counter()
-        for _ in range(count):
-            a @ b
-        torch.cuda.synchronize()
-    return 2 * size**3 * tries / (time.perf_counter() - began)
-
-
 def print_methods(args, flags):
     """The methods beside each other, at the demo's size or as the papers' recipes, with the user's `flags` on top."""
     import torch
@@ -403,7 +417,7 @@ def print_methods(args, flags):
     results = take_turns(rows, args.steps, args.rounds, args.kernels, lambda: flops.update(
         {f"{name:22}": cost["flops"] for (name, *_), cost in zip(models, counted)}))
     cuda = any(r["device"] == "cuda" for r in results.values())
-    rate = matrix_rate() if cuda else math.nan
+    rate = matrix_rate(torch.device("cuda"), torch.bfloat16) if cuda else math.nan
     if cuda:
         print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, a bf16 matrix product {rate / 1e12:.0f} TFLOP/s")
     print(f"{'method':22}{'setting':16}{'batch':>6}{'img/s':>10}{'ms/step':>9}{'peak MiB':>10}{'ready s':>9}{'data wait':>11}"
@@ -430,7 +444,8 @@ def main():
     parser.add_argument("--methods", nargs="+", default=METHODS, metavar="METHOD[/SIZE]", help="optionally with "
                         "the encoder's size: mae/large")
     parser.add_argument("--recipes", action="store_true", help="at the size of the papers' recipes, not of the demo")
-    parser.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
+    parser.add_argument("--settings", nargs="+", choices=list(SETTINGS),
+                        default=["fp32", "bf16", "bf16 + compile"])
     parser.add_argument("--rounds", type=count, default=3)
     parser.add_argument("--steps", type=count, default=60, help="timed in each round")
     parser.add_argument("--kernels", metavar="DIR", help="on a GPU: a file per row, what it computed and for how long")
@@ -454,7 +469,8 @@ def main():
     if args.images:
         return print_images(args.images, args.rounds)
     if args.one:
-        one(*json.loads(args.one))
+        method, flags, steps, table = json.loads(args.one)
+        race(*flags, steps) if method == "race" else one(method, flags, steps, table)
     else:
         from common import BadInput
         try:

@@ -4,7 +4,9 @@ import ast
 import dataclasses
 import math
 import pickle
+import platform
 import re
+import resource
 import sys
 
 import numpy as np
@@ -541,3 +543,20 @@ def test_failing_write_leaves_the_old_checkpoint(tmp_path, monkeypatch, error):
     assert "\n" not in str(refusal.value) and "--out" in str(refusal.value)
     assert read_checkpoint(tmp_path / "last.pt") == {"step": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's setting")
+def test_memory_is_kept():
+    """What a step frees and takes anew is not faulted in again, large tensors or small; a run on a CPU asks for that."""
+    common.start(tiny("run"))
+
+    def step():
+        for size in [2**22, 2**24] * 2:  # 16 and 64 MiB of float32: by itself glibc takes the larger ones from the system
+            torch.ones(size)
+
+    for _ in range(3):
+        step()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    step()
+    pages = 2 * (2**22 + 2**24) * 4 // resource.getpagesize()
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < pages / 10

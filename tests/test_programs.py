@@ -627,6 +627,15 @@ def test_benchmark_knows_the_five(capsys, monkeypatch, method):
         assert turn.keys() == {"img/s", "ms/step", "peak MiB", "data wait"} and turn["img/s"] > 0
 
 
+def test_benchmark_races(capsys, monkeypatch):
+    """What it runs in a process of its own for each of the MAEs that it compares, ours here."""
+    benchmark = runpy.run_path(str(ROOT / "tests" / "benchmark.py"))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("turn\nturn\n"))
+    benchmark["race"]("ours", "toy", "bf16", 2)
+    ready, *turns = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert ready["ready s"] > 0 and [turn.keys() for turn in turns] == [{"img/s"}] * 2 and turns[0]["img/s"] > 0
+
+
 def test_readme_snippets(tmp_path, monkeypatch):
     """The README's Python: on a run's checkpoint, for all five, and with a small file in place of the authors'."""
     run, released = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
