@@ -12,8 +12,8 @@ numbers of a patch, D encoder width, E decoder width, T tokens of any kind, Q qu
 gw, or G, patches along a side, d the width of a head.
 """
 
-import argparse, atexit, collections, contextlib, ctypes, dataclasses, datetime, difflib, functools, importlib.metadata
-import itertools, json, math, multiprocessing, os, platform, shutil, signal, subprocess, sys, time, typing, warnings, zipfile, zlib
+import argparse, atexit, collections, contextlib, ctypes, dataclasses, datetime, difflib, functools, importlib.metadata, itertools
+import json, math, multiprocessing, os, platform, shutil, signal, subprocess, sys, time, typing, warnings, zipfile, zlib
 from pathlib import Path
 
 import numpy as np
@@ -1080,7 +1080,7 @@ def start(cfg, minutes=30):
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(minutes=minutes))
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 where autocast does not reach
-    if device.type == "cpu":
+    elif device.type == "cpu":
         keep_memory()
 
     asked = [math.inf]
@@ -1098,8 +1098,9 @@ def start(cfg, minutes=30):
 
 
 def keep_memory():
-    """glibc hands what a step frees back to the system, and the next step gets it anew, page by page: up to a tenth of a step's
-    time on a CPU. Here it keeps what it has. Other C libraries have no such setting."""
+    """glibc hands what a step frees back to the system, and the next step gets it anew, page by page: on a CPU a twentieth of a
+    large step's time (`python mae.py --batch-size 512` with and without this call, in turns, two cores of an EPYC, torch 2.14:
+    302 ms and 308, compiled 259 and 278). Here it keeps what it has. Other C libraries have no such setting."""
     with contextlib.suppress(OSError, TypeError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: free memory at the heap's end up to this is kept

@@ -39,6 +39,12 @@ SETTINGS = {"fp32": ["--amp", "off", "--compile", "off"], "bf16": ["--amp", "bf1
 WARM_UP = 3  # steps before the first turn: compiling, the first allocations
 
 
+def waiter(device):
+    """A function that returns when the device has done what it was asked."""
+    import torch
+    return {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(device.type, lambda: None)
+
+
 def one(method, flags, steps, kernels=None):
     """The real program in this process, for `take_turns`. After its warm-up it prints a line of JSON and waits. Every line on
     stdin asks for so many steps, and their figures as a line of JSON; "profile" for how long the GPU computed in one."""
@@ -49,8 +55,7 @@ def one(method, flags, steps, kernels=None):
     cfg = parse_args(module.Config, argv=flags)
 
     def in_turns(cfg, run, *rest, stream=module.train_batches, began=began, **options):
-        cuda, batches = run.device.type == "cuda", stream(cfg, run, *rest, **options)
-        wait = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(run.device.type, lambda: None)
+        cuda, batches, wait = run.device.type == "cuda", stream(cfg, run, *rest, **options), waiter(run.device)
 
         def answer(**what):
             if cuda:
@@ -288,7 +293,7 @@ def race(name, size, setting, steps):
     import torch
     sizes, batch = PEER_SIZES[size]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait = waiter(device)
     warnings.filterwarnings("ignore", ".*MAEDecoderTIMM")
     torch.manual_seed(0)
     images = torch.randn(batch, 3, sizes[0], sizes[0], device=device)
@@ -324,8 +329,7 @@ def race(name, size, setting, steps):
 def matrix_rate(device, dtype):
     """FLOP/s of a large matrix product on random numbers; on a GPU 1000 in a row: clocks settle at what power and heat allow."""
     import torch
-    size, tries = (8192, 1000) if device.type == "cuda" else (1024, 50)
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    (size, tries), wait = (8192, 1000) if device.type == "cuda" else (1024, 50), waiter(device)
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     for count in (10, tries):
         wait()
@@ -353,7 +357,7 @@ def print_peers(which, settings, rounds, steps):
         for title, rate in speeds.items():
             print(f"{title:26}{rate:8.1f}" + "".join(f"{rate / other:22.2f}" for other in peers.values()), flush=True)
         _, loss_of = contender("ours", dict(zip(SIZE_NAMES, sizes)))
-        with torch.autocast("cpu", torch.bfloat16), FlopCounterMode(display=False) as counter:  # it knows no fused attention
+        with torch.autocast("cpu", torch.bfloat16), FlopCounterMode(display=False) as counter:  # counts plain attention
             loss_of(torch.randn(2, 3, sizes[0], sizes[0])).backward()
         flops = counter.get_total_flops() / 2
         for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
@@ -444,8 +448,7 @@ def main():
     parser.add_argument("--methods", nargs="+", default=METHODS, metavar="METHOD[/SIZE]", help="optionally with "
                         "the encoder's size: mae/large")
     parser.add_argument("--recipes", action="store_true", help="at the size of the papers' recipes, not of the demo")
-    parser.add_argument("--settings", nargs="+", choices=list(SETTINGS),
-                        default=["fp32", "bf16", "bf16 + compile"])
+    parser.add_argument("--settings", nargs="+", default=["fp32", "bf16", "bf16 + compile"], choices=list(SETTINGS))
     parser.add_argument("--rounds", type=count, default=3)
     parser.add_argument("--steps", type=count, default=60, help="timed in each round")
     parser.add_argument("--kernels", metavar="DIR", help="on a GPU: a file per row, what it computed and for how long")
