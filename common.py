@@ -12,8 +12,8 @@ numbers of a patch, D encoder width, E decoder width, T tokens of any kind, Q qu
 gw, or G, patches along a side, d the width of a head.
 """
 
-import argparse, atexit, collections, contextlib, ctypes, dataclasses, datetime, difflib, functools, importlib.metadata, itertools
-import json, math, multiprocessing, os, platform, shutil, signal, subprocess, sys, time, typing, warnings, zipfile, zlib
+import argparse, atexit, contextlib, ctypes, dataclasses, datetime, difflib, functools, importlib.metadata, itertools
+import json, math, multiprocessing, os, platform, shlex, shutil, signal, subprocess, sys, time, typing, warnings, zipfile, zlib
 from pathlib import Path
 
 import numpy as np
@@ -154,12 +154,13 @@ def check_decoder(dim, heads):
 
 
 def xavier_init(model):
-    """Every Linear, and the patch projection seen as the matrix that it is: Xavier uniform, biases zero."""
+    """Xavier uniform for every Linear and for the patch projection, seen as a matrix. Biases of Linears are zero; the
+    bias of the patch projection stays as PyTorch draws it for a convolution, uniform in +-1/sqrt(fan_in)."""
     for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):
             nn.init.xavier_uniform_(module.weight.flatten(1))
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
 
 
 def patchify(images, p):
@@ -230,13 +231,22 @@ def count_blocks(state, prefix):
     return len({name[len(prefix) + 1:].split(".")[0] for name in state if name.startswith(prefix + ".")})
 
 
-def load_strictly(model, state, what, sizes=None):
-    """Every name and every size has to be right, both ways. The model remembers the sizes that it was made with."""
-    model.sizes = sizes
+def load_strictly(model, state, what, sizes=None, optional=()):
+    """Load `state`, in which every name and every size must be right. The exception is a decoder or head of which the file
+    carries no tensor: it stays as initialised, and a printed line names it. `optional` lists these parts, each as a tuple
+    of prefixes, the first of which is its name. The model keeps the sizes that it was made with."""
+    model.sizes, absent = sizes, []
+    for part in optional:
+        fresh = {name: t for name, t in model.state_dict().items() if name.startswith(part)}
+        if fresh and not any(name.startswith(part) for name in state):
+            state = state | fresh
+            absent.append(part[0].rstrip("."))
     try:
         model.load_state_dict(state, strict=True)
     except RuntimeError as error:
         raise BadInput(f"not {what} of these sizes: {' '.join(str(error).split())[:300]}") from error
+    for name in absent:
+        print(f"from_released: the file has an encoder but no {name}, which stays as initialised")
     return model
 
 
@@ -251,10 +261,23 @@ def random_mask(noise, num_masked):
 
 
 def split_ids(is_masked, num_visible=None):
-    """bool [B, N] -> ids_visible [B, V], ids_masked [B, M], each in ascending order. A GPU waits for a count that is not said."""
+    """bool [B, N] -> ids_visible [B, V], ids_masked [B, M], each in ascending order. Every row must have V visible
+    patches. Pass V on CUDA: counting it here would synchronise."""
     num_visible = num_visible or int((~is_masked[0]).sum())
+    check_counts(is_masked, num_visible)
     ids = is_masked.byte().argsort(dim=1, stable=True)
     return ids[:, :num_visible], ids[:, num_visible:]
+
+
+def check_counts(is_masked, num_visible):
+    """Refuse a mask whose rows do not all have num_visible visible patches: `split_ids` would show hidden ones."""
+    if torch.compiler.is_compiling() or is_masked.device.type not in ("cpu", "cuda"):
+        return
+    right = ((~is_masked).sum(1) == num_visible).all()
+    if is_masked.device.type == "cuda":
+        torch._assert_async(right, "the rows of the mask have unequal counts")  # does not synchronise
+    elif not right:
+        raise ValueError(f"the mask must leave {num_visible} patches visible in every row")
 
 
 def gather(x, ids):
@@ -375,11 +398,14 @@ class Pixels:
     def __len__(self):
         return len(self.images)
 
+    @property
+    def labelled(self):
+        return bool(self.labels)
+
 
 class Folder:
     """A set of image files that are read when they are needed."""
     margin = 0.875  # 224 out of 256, as everyone's evaluation has it
-    held_out = False  # where it is a part of the training folder
 
     def __init__(self, paths, labels, chans):
         self.paths = np.array([os.fsencode(p) for p in paths])  # one block of bytes: workers share it, lists they copy
@@ -430,8 +456,8 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".ppm", ".pgm", 
 READ_ERRORS = (Exception,)  # on a file that is no image decoders raise anything: EOFError, MemoryError, BadZipFile, struct.error
 
 
-def load_data(cfg, run, strict=False):
-    """cfg.data -> (training set, validation set or None). Strict: a val/ that cannot be used is an error."""
+def load_data(cfg, run):
+    """cfg.data -> (training set, validation set or None)."""
     name, _, many = cfg.data.partition(":")
     if name == "shapes":
         if many and not many.isdigit() or many == "0":
@@ -440,7 +466,7 @@ def load_data(cfg, run, strict=False):
         return tuple(shapes_set(cfg, start, n, run) for start, n in zip((0, 1 << 40), sizes))
     if cfg.data in NAMED:
         return tuple(named_set(cfg, options, run) for options in NAMED[cfg.data][1:3])
-    return folder_sets(cfg, run, strict)
+    return folder_sets(cfg, run)
 
 
 def shapes_set(cfg, start, n, run):
@@ -485,10 +511,10 @@ def named_set(cfg, options, run):
     return Pixels(torch.stack(images), {"class": torch.tensor(labels)})
 
 
-def folder_sets(cfg, run, strict):
+def folder_sets(cfg, run):
     """Any folder of images: nested or flat; `train/` and `val/` inside are used as such, unless `train` is a class among
-    others; folders of the first level are classes. Without a labelled `val/`, every tenth image of a labelled folder is held
-    out for k-NN, and no class's only one."""
+    others; folders of the first level are classes. The training set holds every training image. The
+    validation set is None if there are no labels or no `val/` with class folders."""
     root = Path(cfg.data)
     if not cfg.data or not root.is_dir():
         close = difflib.get_close_matches(cfg.data, ["shapes", *NAMED], 1)
@@ -504,29 +530,44 @@ def folder_sets(cfg, run, strict):
     if not paths:
         raise BadInput(f"--data {cfg.data}: no image in it (looked for {' '.join(EXTENSIONS)})")
     top = lambda path, base: path.parts[len(base.parts)] if len(path.parts) > len(base.parts) + 1 else None
-    classes = collections.Counter(top(p, train_root) for p in paths)
+    classes = {top(p, train_root) for p in paths}
     labelled = len(classes) > 1 and None not in classes
     val_paths = find_images(val_root, cfg.in_chans) if split and labelled else []
-    unknown = {top(p, val_root) for p in val_paths} - set(classes)
-    if None in unknown and not strict:  # as ImageNet's unpacks; nothing is trained on it
-        run.say(f"warning: {val_root} has images in no class folder; of train/ every tenth is held out for k-NN instead")
+    unknown = {top(p, val_root) for p in val_paths} - classes
+    if None in unknown:  # ImageNet's validation archive unpacks into one flat folder
+        run.say(f"warning: {val_root} has images in no class folder, so it is not used")
+        val_paths = []
     elif unknown:
-        raise BadInput(f"--data {cfg.data}: val/ has " + ("images in no class folder; --held-out takes others" if None in unknown
-                       else f"classes that train/ has not: {' '.join(sorted(unknown)[:5])}"))
-    if unknown or not val_paths:
-        held = [labelled and i % 10 == 9 and classes[top(p, train_root)] > 1 for i, p in enumerate(paths)]
-        val_root, val_paths = train_root, [p for p, h in zip(paths, held) if h]
-        paths = [p for p, h in zip(paths, held) if not h]
-    run.say(f"data: {len(paths)} images in {train_root}, " + (f"{len(classes)} classes from its folders, {len(val_paths)} "
-            "images for k-NN" if labelled else "no labels (no class folders), so no k-NN"))
+        raise BadInput(f"--data {cfg.data}: val/ has classes that train/ has not: "
+                       + " ".join(sorted(unknown)[:5]))
     names = b"\n".join(os.fsencode(p.relative_to(train_root)) for p in paths)
     run.images = f"{len(paths)} images, names {zlib.crc32(names):08x}"
     number = {name: i for i, name in enumerate(sorted(classes))} if labelled else {}
-    sets = [Folder(ps, [number[top(p, base)] if labelled else -1 for p in ps], cfg.in_chans) if ps else None
-            for ps, base in ((paths, train_root), (val_paths, val_root))]
-    if sets[1]:
-        sets[1].held_out = val_root == train_root
-    return tuple(sets)
+    labels = [number[top(p, train_root)] if labelled else -1 for p in paths]
+    train_set, val_set = Folder(paths, labels, cfg.in_chans), None
+    if val_paths:
+        val_set = Folder(val_paths, [number[top(p, val_root)] for p in val_paths], cfg.in_chans)
+    use = f"{len(classes)} classes from its folders"
+    if not labelled:
+        use = "no labels (no class folders), so no k-NN"
+    elif val_set:
+        use += f", {len(val_set)} images for k-NN"
+    elif len(split_tenth(train_set)[1]):
+        use += ("; no labelled val/: the k-NN test asks about every tenth training image, with the "
+                "other images as its gallery; pre-training uses all images")
+    else:
+        use += "; no labelled val/ and too few images for k-NN"
+    run.say(f"data: {len(paths)} images in {train_root}, {use}")
+    return train_set, val_set
+
+
+def split_tenth(data):
+    """Split a training set for a test that has no test set: ids of the gallery, ids of the queries.
+    Every tenth image is a query, unless it is the only one of its class: no gallery could answer."""
+    is_query = torch.arange(len(data)) % 10 == 9
+    if isinstance(data, Folder) and data.labelled:
+        is_query &= data.labels.bincount()[data.labels] > 1
+    return (~is_query).nonzero()[:, 0], is_query.nonzero()[:, 0]
 
 
 def find_images(root, chans=5):
@@ -1208,8 +1249,13 @@ def read_checkpoint(path):
     except IsADirectoryError as error:
         raise BadInput(f"{path}: cannot be read: a folder; of a run, say {Path(path, 'last.pt')}") from error
     except Exception as error:  # torch.load raises half a dozen kinds, all of them meaning this
-        why = "it needs unpickling of code, which is refused" if "safe_globals" in str(error) or "reduce" in str(error) else \
-            "truncated, damaged, or not a PyTorch checkpoint"
+        why = "truncated, damaged, or not a PyTorch checkpoint"
+        if "safe_globals" in str(error) or "reduce" in str(error):
+            # MAE's program saves its argparse.Namespace, SemanticMIM's saves objects of mmengine. This line unwraps both.
+            line = ("import sys, torch; f = torch.load(sys.argv[1], weights_only=False); "
+                    "torch.save(f.get('state_dict', f.get('model')), 'weights.pt')")
+            why = ("it needs unpickling of code, which is refused. If the authors' program wrote this file and you trust it, "
+                   f"extract its weights, with that program's packages installed: python -c \"{line}\" {shlex.quote(str(path))}")
         raise BadInput(f"{path}: cannot be read: {why}") from error
     if not isinstance(state, dict):
         raise BadInput(f"{path}: holds a {type(state).__name__}, not a dict of weights")
@@ -1395,10 +1441,9 @@ def evenly(n, most):
 
 
 @torch.no_grad()
-def features_of(encode, cfg, run, data, most, take):
-    """What `take` makes of (pooled, patches) [n, ...], and the labels, of at most `most` images, spread evenly over the
-    set; each process does its share."""
-    ids = evenly(len(data), most)
+def features_of(encode, cfg, run, data, ids, take):
+    """What `take` makes of (pooled, patches) [n, ...], and the labels, of the images `ids`; each
+    process does its share."""
     mine = ids[torch.arange(run.rank, math.ceil(len(ids) / run.world) * run.world, run.world) % len(ids)]
     features, labels = [], []
     for images, names in eval_batches(cfg, run, data, mine):
@@ -1419,15 +1464,28 @@ def check_health(encode, cfg, run, train_set, val_set, raw=""):
     """Frozen features of the pictures as they are: effective rank and spread of the pooled ones; k-NN accuracy per
     label in percent, of the pooled ones (`knn_`) and of the mean over patches (`mean_knn_`). For k-NN every channel is
     standardised first, as MAE's and PiLaMIM's linear probes do it: else the few loudest channels decide alone. Of raw
-    pixels k-NN alone, under names that begin with `raw`."""
+    pixels k-NN alone, under names that begin with `raw`.
+
+    If there are labels but no validation set, the training images are split into gallery and
+    queries, see `split_tenth`."""
     both = lambda pooled, patches: torch.stack([pooled.float(), patches.float().mean(1)], 1)  # [n, 2, D]
-    features, labels = features_of(encode, cfg, run, train_set, GALLERY, both)
+    gallery, queries = torch.arange(len(train_set)), None
+    if val_set is not None:
+        queries = torch.arange(len(val_set))
+    elif train_set.labelled:
+        # An unreadable image is replaced by the next one, here perhaps by one of the other side. The
+        # run stops if this concerns more than 1 % of the images.
+        gallery, queries = split_tenth(train_set)
+    gallery = gallery[evenly(len(gallery), GALLERY)]
+    features, labels = features_of(encode, cfg, run, train_set, gallery, both)
     pooled, scores = features[:, 0], {}
     if not raw:
         some = pooled[::math.ceil(len(pooled) / QUERIES)]
         scores = {"rank": effective_rank(some), "feature_std": pooled.std(0, correction=0).mean().item()}
-    if val_set is not None and labels:
-        queries, truth = features_of(encode, cfg, run, val_set, QUERIES, both)
+    if labels and queries is not None and len(queries):
+        queries = queries[evenly(len(queries), QUERIES)]
+        queries_from = train_set if val_set is None else val_set
+        queries, truth = features_of(encode, cfg, run, queries_from, queries, both)
         y, truth = (torch.stack([kinds[name] for name in labels], 1) for kinds in (labels, truth))  # [n, L]
         for prefix, known, asked in zip([raw + "knn_"] if raw else ["knn_", "mean_knn_"], features.unbind(1), queries.unbind(1)):
             mean, std = known.mean(0), known.std(0) + 1e-6

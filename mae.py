@@ -21,10 +21,13 @@ Result of the first, on one thread, seeds 0, 1, 2 (bf16, EPYC, torch 2.15; 2 min
 36.8, 43.9, 36.5 % from CLS and 48.0, 50.6, 51.0 % from the mean of the patches; untrained 26.5 and 23.7 (mean of the seeds), raw
 pixels 26.1, 29.1, 28.0.
 
-Differs from the authors' program: the gradient is clipped at norm 1 unless --clip-grad 0; the last incomplete batch of
-an epoch is not dropped, batches run across the epoch's edge; decoder tokens stand visible first, masked after (order
-is nothing to attention, positions travel with the tokens), which saves the unshuffling. Loss, features and gradient
-norms agree.
+Differs from the authors' program:
+- Gradients are clipped to norm 1; `--clip-grad 0` disables this, as in the paper.
+- Batches run across the end of an epoch; theirs drops the last incomplete batch.
+- Decoder tokens stand visible first, masked after; attention does not depend on their order.
+- Mixed precision is bf16; theirs is fp16 with a loss scaler (`--amp fp16`).
+- Images are turned upright by their EXIF orientation; theirs ignores it.
+24 recorded steps of their program agree: see tests/test_trajectories.py.
 """
 
 import dataclasses
@@ -196,8 +199,16 @@ class MAE(nn.Module):
     @classmethod
     def from_released(cls, state_dict, **sizes):
         """A model from the authors' file, a dict of tensors or one with the key `model`; the names are ours. Widths,
-        depths and sizes are read from the tensors; heads cannot be (usual ones, 16 in the decoder, unless said)."""
+        depths and sizes are read from the tensors; heads cannot be (usual ones, 16 in the decoder, unless said). Of a
+        classifier's file the encoder is taken."""
         state = dict(state_dict.get("model", state_dict))
+        if any(name.startswith("head.") for name in state):  # fine-tuned, or a linear probe
+            print("from_released: this file is a classifier; its head is ignored")
+            state = {name: t for name, t in state.items() if not name.startswith("head.")}
+        if "fc_norm.weight" in state and "norm.weight" not in state:  # fine-tuned: fc_norm is the only norm after the blocks
+            print("from_released: fc_norm stands for the final norm. The classifier read the mean of the patches, not CLS: "
+                  "evaluate it with --pool mean")
+            state = {name.replace("fc_norm.", "norm."): t for name, t in state.items()}
         missing = {"cls_token", "pos_embed", "patch_embed.proj.weight", "norm.weight"} - state.keys()
         if missing:
             raise BadInput(f"not a released MAE: it has no {', '.join(sorted(missing))}")
@@ -206,15 +217,10 @@ class MAE(nn.Module):
         sizes = {"patch_size": patch_size, "in_chans": in_chans, "dim": dim, "depth": count_blocks(state, "blocks"),
                  "heads": usual_heads(dim)} | sizes
         sizes.setdefault("img_size", math.isqrt(length - 1) * sizes["patch_size"])
-        full = "decoder_embed.weight" in state
-        if full:
+        if "decoder_embed.weight" in state:
             sizes = {"decoder_dim": len(state["decoder_embed.weight"]),
                      "decoder_depth": count_blocks(state, "decoder_blocks")} | sizes
-        model = cls(**sizes)
-        if not full:
-            print("from_released: an encoder without its decoder; the decoder is left as it is initialised")
-            state = {k: v for k, v in model.state_dict().items() if k.startswith(("decoder", "mask_token"))} | state
-        return load_strictly(model, state, "a released MAE", sizes)
+        return load_strictly(cls(**sizes), state, "a released MAE", sizes, optional=[("decoder", "mask_token")])
 
 
 def paste(images, pred, mask, p, grid, norm_pix):

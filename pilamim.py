@@ -30,11 +30,17 @@ pixels 26.1, 29.1, 28.0.
 Health: pixel_loss should fall below loss_of_mean, what guessing the mean would give. target_std is the spread of the
 teacher's latents over patches and images: near 0 they are all the same, and latent_loss and cls_loss mean nothing.
 
-Differs from the authors' program, on purpose: it shuffles the teacher's patches and does not put them back, so that its
-latent loss compares a prediction with another patch's target; here, as in the paper's equation, the same patch meets.
-Its teacher starts from random weights of its own; here it starts as a copy. Its Linears start as PyTorch's (--init torch), here
-as MAE's, with which so short a run learns more (with theirs seed 0 has 41 and 49 %). The gradient is clipped at norm 1 unless
---clip-grad 0; the last incomplete batch of an epoch is not dropped.
+Differs from the authors' program:
+- A prediction meets the target of the same patch, as in the paper's equation. Theirs shuffles the teacher's patches and does not
+  put them back, so that L_latent compares a prediction with another patch's target.
+- The teacher starts as a copy of the encoder; theirs starts from random weights of its own.
+- Every image has a mask of its own; theirs draws the same masks on all GPUs.
+- The demo starts with MAE's weights (`--init mae`), with which so short a run learns more; theirs are PyTorch's (`--init torch`).
+- Gradients are clipped to norm 1; `--clip-grad 0` disables this, as in the paper.
+- Batches run across the end of an epoch; theirs drops the last incomplete batch.
+- Mixed precision is bf16; theirs is fp16 with a loss scaler (`--amp fp16`).
+- Images are turned upright by their EXIF orientation; theirs ignores it.
+24 recorded steps of their program, with its targets put back in order, agree: see tests/test_trajectories.py.
 """
 
 import copy
@@ -49,11 +55,11 @@ import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from common import (MODELS, BadInput, Block, Log, PatchEmbed, check_decoder, check_health, count_blocks, denormalise, draw,
-                    eval_batches, flag, gather, linear, load_data, load_strictly, main, param_groups, patch_grid, patchify,
+from common import (MODELS, BadInput, Block, Log, PatchEmbed, check_decoder, check_health, cosine, count_blocks, denormalise,
+                    draw, eval_batches, flag, gather, linear, load_data, load_strictly, main, patch_grid, patchify,
                     pca_colours, random_mask, raw_pixels, resize_positions, restore, resume, save_picture, sincos_2d,
-                    split_ids, spread, start, train_batches, unpatchify, update_ema, usual_heads, warmup_cosine,
-                    warn_of_trouble, xavier_init)
+                    split_ids, spread, start, train_batches, unpatchify, update_ema, usual_heads, warn_of_trouble,
+                    xavier_init)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -237,8 +243,7 @@ class PiLaMIM(nn.Module):
         """A model from the authors' file, a dict of tensors or one with the key `model`. Widths, depths and sizes are read
         from the tensors; heads cannot be (usual ones, 12 in the decoders, unless said)."""
         state = {rename(name): t for name, t in state_dict.get("model", state_dict).items()}
-        missing = {"encoder.cls_token", "encoder.pos_embed", "encoder.patch_embed.proj.weight", "decoder.embed.weight",
-                   "decoder.head.weight"} - state.keys()
+        missing = {"encoder.cls_token", "encoder.pos_embed", "encoder.patch_embed.proj.weight"} - state.keys()
         if missing:
             raise BadInput(f"not a released PiLaMIM: it has no {', '.join(sorted(missing))}")
         dim, in_chans, p, _ = state["encoder.patch_embed.proj.weight"].shape
@@ -248,10 +253,12 @@ class PiLaMIM(nn.Module):
             elif name.startswith("decoder.head.") and len(t) == in_chans * p * p:  # channel comes first there, here last
                 state[name] = t.unflatten(0, (in_chans, p * p)).transpose(0, 1).flatten(0, 1)
         sizes = {"img_size": math.isqrt(state["encoder.pos_embed"].shape[1]) * p, "patch_size": p, "in_chans": in_chans,
-                 "dim": dim, "depth": count_blocks(state, "encoder.blocks"), "heads": usual_heads(dim),
-                 "decoder_dim": len(state["decoder.embed.weight"]),
-                 "decoder_depth": count_blocks(state, "decoder.blocks")} | sizes
-        return load_strictly(cls(**sizes), state, "a released PiLaMIM", sizes)
+                 "dim": dim, "depth": count_blocks(state, "encoder.blocks"), "heads": usual_heads(dim)} | sizes
+        if "decoder.embed.weight" in state:
+            sizes = {"decoder_dim": len(state["decoder.embed.weight"]),
+                     "decoder_depth": count_blocks(state, "decoder.blocks")} | sizes
+        decoders = [("decoder.",), ("latent_decoder.",)]
+        return load_strictly(cls(**sizes), state, "a released PiLaMIM", sizes, optional=decoders)
 
 
 def rename(name):
@@ -276,6 +283,12 @@ def build(cfg):
                    cls_weight=cfg.cls_weight, init=cfg.init)
 
 
+def rate_of_epoch(epoch, epochs, warmup_epochs):
+    """The learning rate over its peak. It changes once an epoch, as in the authors' program: the smaller one of a
+    linear warm-up that is already at 1 / warmup_epochs in epoch 0, and half a cosine over all epochs."""
+    return min((epoch + 1) / (warmup_epochs + 1e-8), cosine(epoch, epochs, 1.0, 0.0))
+
+
 def train(cfg):
     # -- set-up: everything that can be wrong is found out here, before anything is written
     cfg, run = start(cfg)
@@ -283,9 +296,12 @@ def train(cfg):
     model = build(cfg).to(run.device)
     train_set, val_set = load_data(cfg, run)
     steps = lambda epochs: max(1, round(epochs * len(train_set) / cfg.batch_size))
-    total, warmup = steps(cfg.epochs), steps(cfg.warmup_epochs) if cfg.warmup_epochs else 0
+    total = steps(cfg.epochs)
     peak_lr = cfg.base_lr * cfg.batch_size / 256
-    optimizer = torch.optim.AdamW(param_groups(model, cfg.weight_decay), lr=peak_lr, betas=cfg.betas,
+    # Weight decay is on every parameter, biases and norm gains included. The gain of the encoder's last norm sets the
+    # scale of the latent targets: its decay makes L_latent smaller against L_pixel as training goes on.
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=peak_lr, betas=cfg.betas, weight_decay=cfg.weight_decay,
                                   fused=run.device.type in ("cpu", "cuda"))
     scaler = torch.amp.GradScaler(run.device.type, enabled=run.amp is torch.float16)
 
@@ -326,7 +342,8 @@ def train(cfg):
     clock, waited, bad = time.perf_counter(), 0.0, torch.zeros((), device=run.device)
     logged = first
     for step in range(first + 1, total + 1):
-        lr = warmup_cosine(step - 1, total, warmup, peak_lr)
+        epoch = (step - 1) * cfg.batch_size // len(train_set)
+        lr = peak_lr * rate_of_epoch(epoch, cfg.epochs, cfg.warmup_epochs)
         for group in optimizer.param_groups:
             group["lr"] = lr
 

@@ -288,8 +288,27 @@ def test_aspect_is_log_uniform():
     noise[:, 1:] = 0
     heights = (~inverse_block(noise, (64, 64), 900)).unflatten(1, (64, 64)).any(2).sum(1).float()
     logs = (heights**2 / 900).log2()  # of the aspect ratio, up to rounding
-    assert -1 <= logs.min() < -0.85 and 0.9 < logs.max() < 1.1
+    assert -1.05 < logs.min() < -0.85 and 0.9 < logs.max() < 1.1
     assert abs(logs.mean() - 0.05) < 0.05 and abs(logs.std() - 3**-0.5) < 0.03
+
+
+def test_inverse_block_has_exact_counts_on_every_grid():
+    """All grids from 2 x 2 to 24 x 24 and ratios from 0.1 to 0.9. The height and the width of a block are rounded up
+    independently; on 20 x 11 at 0.65 an exact quotient, computed in floats, was once rounded up."""
+    noise = torch.rand(16, 3)
+    for rows in range(2, 25):
+        for columns in range(2, 25):
+            for ratio in (0.1, 0.25, 0.37, 0.42, 0.5, 0.65, 0.75, 0.9):
+                visible = rows * columns - int(ratio * rows * columns)
+                counts = (~inverse_block(noise, (rows, columns), visible)).sum(1)
+                assert (counts == visible).all(), (rows, columns, ratio)
+
+
+def test_a_mask_with_unequal_counts_is_refused():
+    model, mask = small(), inverse_block(torch.rand(4, 3), (4, 4), 6)
+    mask[2, mask[2].nonzero()[0]] = False
+    with pytest.raises(ValueError, match="visible in every row"):
+        model(torch.randn(4, 3, 16, 16), mask)
 
 
 def test_predicted_places():
@@ -544,7 +563,7 @@ def test_drop_path_keeps_an_images_rotation():
 
 def test_cut_cosine():
     shape = lambda step: cut_cosine(step, 1100, 100)
-    assert [shape(0), shape(50), shape(100)] == [0, 0.5, 1]
+    assert [shape(0), shape(33), shape(99), shape(100)] == [0, pytest.approx(1 / 3), 1, 1]
     assert shape(1100) == pytest.approx(0.5 * (1 + math.cos(0.8 * math.pi)))  # cut at 0.095, not at 0
     assert shape(600) == pytest.approx(0.5 * (1 + math.cos(0.4 * math.pi)))
     assert cut_cosine(0, 10, 0) == 1
@@ -646,13 +665,20 @@ def test_every_trained_parameter_gets_a_gradient():  # DDP without find_unused_p
 def test_init_is_the_papers():
     model = small(dim=128, clusters=200)
     layer = model.cluster_head.layer
+    bound = (3 * model.patch_size**2) ** -0.5  # of the patch projection's bias
     assert layer.weight.std().item() == pytest.approx(1, rel=0.05) and not layer.bias.any()
     assert (model.student_head.weight_g == 1).all() and model.student_head.weight_v.shape == (200, 128)
     for name, p in model.student.named_parameters():
-        if p.ndim > 1:
-            assert p.std().item() == pytest.approx(0.02, rel=0.3 if p.numel() < 1000 else 0.05), name
+        if name in ("registers", "mask_token"):
+            assert p.std().item() == pytest.approx(0.02, rel=0.3), name
+        elif p.ndim > 1:
+            assert p.std().item() == pytest.approx((2 / sum(p.flatten(1).shape)) ** 0.5, rel=0.05), name
+        elif name.endswith("bias"):
+            assert name == "patch_embed.proj.bias" and 0.5 * bound < p.abs().max() <= bound
         else:
-            assert not p.any() if name.endswith("bias") else p.eq(1).all(), name
+            assert p.eq(1).all(), name
+    demo = small(dim=128, init="small").student.blocks[0].mlp.fc1.weight
+    assert demo.std().item() == pytest.approx(0.02, rel=0.05)
 
 
 def test_chunks_train_the_clusters_under_autocast_too(monkeypatch):

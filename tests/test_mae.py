@@ -266,7 +266,10 @@ def test_positions_are_fixed_and_init_is_the_papers():
         bound = (6 / sum(weight.shape)) ** 0.5  # Xavier uniform
         assert 0.98 * bound < weight.abs().max() <= bound
         assert weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.05)
-    assert not any(p.any() for name, p in model.named_parameters() if name.endswith("bias"))
+    biases = [name for name, p in model.named_parameters() if name.endswith("bias") and p.any()]
+    assert biases == ["patch_embed.proj.bias"]  # stays as PyTorch draws it for a convolution
+    bound = (3 * 64) ** -0.5
+    assert 0.8 * bound < model.patch_embed.proj.bias.abs().max() <= bound
     assert 0.01 < model.cls_token.std() < 0.03 and 0.01 < model.mask_token.std() < 0.03
 
 
