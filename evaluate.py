@@ -40,7 +40,7 @@ from tqdm import tqdm
 from common import (READ_ERRORS, BadInput, DropPath, Order, Pixels, centre_box, check_ranges, cut, denormalise, draw,
                     eval_batches, evenly, features_of, fetch, find_images, flag, knn_predict, load_data, main, normalise, pair,
                     patch_grid, patchify, pca_colours, random_mask, raw_pixels, read_checkpoint, read_image, resize,
-                    save_picture, size_of, start, train_batches, warmup_cosine, writing)
+                    save_picture, size_of, split_tenth, start, train_batches, warmup_cosine, writing)
 
 METHODS = {  # method: (class, where the blocks of its encoder are)
     "mae": ("MAE", "blocks"), "latent_mim": ("LatentMIM", "encoder.blocks"), "semantic_mim": ("SemanticMIM", "blocks"),
@@ -61,7 +61,8 @@ class Config:
     pool: str = flag("own", "what stands for an image: the method's own choice, CLS (registers, proxies), the mean of the "
                      "patches, or both", ("own", "cls", "mean", "both"))
     layer: int = flag(-1, "which block's output, before any norm, from 0; -1: what the method's encode gives", least=-1)
-    held_out: bool = flag(False, "score on every tenth training image in place of the test set: to choose settings by")
+    held_out: bool = flag(False, "score on every tenth training image in place of the test set, to "
+                          "choose settings by; always so for a folder without a labelled val/")
     limit: int = flag(0, "at most so many images of either set; 0: all, for attentive 4096, for seg- 1024", least=0)
     epochs: int = flag(50, "passes of the linear and attentive probes", least=1)
     finetune_epochs: int = flag(10, "passes of --probe finetune", least=1)
@@ -495,7 +496,7 @@ def draw_pictures(model, method, encode, mcfg, run, val_set, cfg, folder, given)
         where = F.interpolate(palette(len(centres))[nearest.cpu()].T.view(1, 3, *grid), (480, 480), mode="nearest")
         save("eval_tsne_patches.png", [F.interpolate(shown[:1, :3].cpu(), (480, 480)), where, scatter(tsne(tokens), nearest)])
     if val_set is not None:
-        ids = min(1500, len(val_set))
+        ids = evenly(len(val_set), 1500)
         (pooled, labels) = features_of(encode, mcfg, run, val_set, ids, lambda pooled, patches: pooled.float())
         for name, y in labels.items():
             save(f"eval_tsne_{name}.png", [scatter(tsne(pooled), y)])
@@ -546,12 +547,13 @@ def subset(data, ids):
 
 
 def hold_out(data):
-    """A training set -> nine tenths to train the probes on, and every tenth image to score them on. (The encoder has seen
-    these pictures too, without their labels.)"""
-    tenth = torch.arange(len(data)) % 10 == 9
-    if not tenth.any():
-        raise BadInput(f"--held-out: of {len(data)} images there is no tenth, it takes ten images")
-    return subset(data, (~tenth).nonzero()[:, 0]), subset(data, tenth.nonzero()[:, 0])
+    """A training set -> nine tenths to train the probes on, and every tenth image to score them on.
+    (An encoder that was trained on this set has seen the images of both parts, without labels.)"""
+    kept, held = split_tenth(data)
+    if not len(held):
+        raise BadInput(f"--held-out: none of the {len(data)} images can be held out: it takes ten "
+                       "images, and others of the same class")
+    return subset(data, kept), subset(data, held)
 
 
 def run_probe(probe, encode, model, method, mcfg, run, sets, cfg):
@@ -562,7 +564,8 @@ def run_probe(probe, encode, model, method, mcfg, run, sets, cfg):
         return finetune(model, method, mcfg, run, train_set, val_set, cfg)
     threads = torch.get_num_threads()
     take = (lambda pooled, patches: pooled.float()) if probe in ("knn", "linear") else lambda pooled, patches: patches.half()
-    (train, train_labels), (test, test_labels) = (features_of(encode, mcfg, run, data, most, take) for data in sets)
+    (train, train_labels), (test, test_labels) = (
+        features_of(encode, mcfg, run, data, evenly(len(data), most), take) for data in sets)
     torch.set_num_threads(threads)  # which reading a folder has lowered
     if not run.main:
         return {}, {}
@@ -599,24 +602,30 @@ def evaluate(cfg):
     model, untrained = model.to(run.device), untrained.to(run.device)
     encode, encode_untrained = (encoder_of(m, method, cfg.pool, cfg.layer) for m in (model, untrained))
     given = [given_image(path, mcfg) for path in cfg.images]  # read now, so that a typo is found before an hour of probing
-    sets = masked_sets(mcfg, cfg.masks, run) if cfg.masks or mcfg.data in MASKED else \
-        load_data(mcfg, run, strict=not cfg.held_out)
+    if cfg.masks or mcfg.data in MASKED:
+        sets = masked_sets(mcfg, cfg.masks, run)
+    else:
+        sets = load_data(mcfg, run)
     if (cfg.held_out or "finetune" in cfg.probe) and not hasattr(sets[0], "labels"):
         raise BadInput("--held-out and --probe finetune: only for a folder, or for a set that is held in memory")
     if "finetune" in cfg.probe and run.amp is torch.float16:
         raise BadInput("--amp fp16: --probe finetune does not scale its loss; take bf16 or off")
-    if cfg.held_out:
+    test_set = "its own"
+    no_val = sets[1] is None and sets[0].labelled and len(split_tenth(sets[0])[1]) > 0
+    if cfg.held_out or no_val:
+        test_set = "every tenth training image; the probes are fitted on the other images"
         sets = hold_out(sets[0])
-    labelled = sets[1] is not None and (bool(sets[1].labels) if isinstance(sets[1], Pixels) else sets[1].labelled)
+    labelled = sets[1] is not None and sets[1].labelled
     if cfg.picture and not labelled and not cfg.masks and cfg.probe == Config.probe:
-        run.say("--data has no labels: no probes, pictures only")
+        run.say("--data has no labelled test images: no probes, pictures only")
         cfg = dataclasses.replace(cfg, probe=())
     for probe in cfg.probe:
         if probe.startswith("seg") and not (isinstance(sets[1], Pixels) and sets[1].maps is not None):
             raise BadInput(f"--probe {probe} needs a label per pixel: --data shapes, {' '.join(MASKED)}, or a folder with "
                            "--masks")
         if not probe.startswith("seg") and not labelled:
-            raise BadInput(f"--probe {probe} needs labels: --data has no class folders (or no val/ with them)")
+            raise BadInput(f"--probe {probe} needs labels: --data has no class folders (or no "
+                           "val/ and too few images to score on every tenth)")
 
     path = Path(cfg.checkpoint).resolve().parent / f"{Path(cfg.checkpoint).stem}.eval.json"
     if path.is_dir() or not os.access(path.parent, os.W_OK):  # found now, not after an hour of probing
@@ -641,8 +650,7 @@ def evaluate(cfg):
     if run.main and cfg.probe:
         protocol = {"checkpoint": Path(cfg.checkpoint).name, "method": method, "encode": " ".join(model.encode.__doc__.split()),
                     "pool": cfg.pool, "layer": cfg.layer, "data": mcfg.data, "train": len(sets[0]), "test": len(sets[1]),
-                    "test_set": "every tenth of the training set" if cfg.held_out else
-                    "every tenth of the folder" if getattr(sets[1], "held_out", False) else "its own",
+                    "test_set": test_set,
                     "img_size": pair(mcfg.img_size), "crop": f"centre, {sets[1].margin} of the shorter side", "seed": cfg.seed,
                     "limit": cfg.limit or "none; attentive 4096, seg- 1024", "knn": "cosine, features as they are, k 1 and 20, "
                     "votes exp(cosine / 0.07)", "heads": f"on standardised features, {cfg.epochs} epochs, rates {RATES}, "

@@ -181,12 +181,34 @@ def test_pictures_without_labels(tmp_path, monkeypatch, capsys, given):
     assert run(monkeypatch, path, *flags, "--probe", "knn") == 2 and "needs labels" in capsys.readouterr().err
 
 
-def test_a_part_of_the_folder_is_no_test_set_of_its_own(tmp_path, monkeypatch):
+@pytest.mark.parametrize("layout", ["classes", "imagenet"])
+def test_without_a_labelled_val_every_tenth_training_image_is_scored(tmp_path, monkeypatch, layout):
+    """Class folders alone, or train/WNID/ beside a flat val/. `--held-out` splits the same way."""
     for name in ("a", "b"):
-        write_images(tmp_path / "set" / name, 12)
-    assert run(monkeypatch, checkpoint(tmp_path / "last.pt", "mae"), "--data", tmp_path / "set", "--probe", "knn") == 0
-    protocol = json.loads((tmp_path / "last.eval.json").read_text())["protocol"]
-    assert protocol["test_set"] == "every tenth of the folder" and (protocol["train"], protocol["test"]) == (22, 2)
+        write_images(tmp_path / "set" / ("train" if layout == "imagenet" else "") / name, 12)
+    if layout == "imagenet":
+        write_images(tmp_path / "set" / "val", 3)
+    path, reports = checkpoint(tmp_path / "last.pt", "mae"), []
+    for flags in ([], ["--held-out"]):
+        assert run(monkeypatch, path, "--data", tmp_path / "set", "--probe", "knn", *flags) == 0
+        reports.append(json.loads((tmp_path / "last.eval.json").read_text()))
+    protocol = reports[0]["protocol"]
+    assert protocol["test_set"].startswith("every tenth training image")
+    assert (protocol["train"], protocol["test"]) == (22, 2)
+    assert reports[0]["scores"] == reports[1]["scores"] and protocol == reports[1]["protocol"]
+
+
+def test_a_val_with_class_folders_is_the_test_set(tmp_path, monkeypatch):
+    for name in ("a", "b"):
+        write_images(tmp_path / "set" / "train" / name, 12)
+        write_images(tmp_path / "set" / "val" / name, 3)
+    path = checkpoint(tmp_path / "last.pt", "mae")
+    expectations = {(): ("its own", 24, 6), ("--held-out",): ("every tenth training", 22, 2)}
+    for flags, expected in expectations.items():
+        assert run(monkeypatch, path, "--data", tmp_path / "set", "--probe", "knn", *flags) == 0
+        protocol = json.loads((tmp_path / "last.eval.json").read_text())["protocol"]
+        assert protocol["test_set"].startswith(expected[0])
+        assert (protocol["train"], protocol["test"]) == expected[1:]
 
 
 @pytest.mark.parametrize("name, method", [("mae", "mae"), ("latent_mim", "latent_mim"), ("semantic_mim_hog", "semantic_mim"),
@@ -281,7 +303,7 @@ def test_held_out_never_sees_the_test_set(tmp_path, monkeypatch):
     images, y = noise_image(0, height=40, width=8)[None].repeat(20, 1, 1, 1), torch.arange(20)
     train, test = evaluate.hold_out(common.Pixels(images, {"kind": y}))
     assert test.labels["kind"].tolist() == [9, 19] and sorted([*train.labels["kind"].tolist(), 9, 19]) == y.tolist()
-    folder = common.Folder([f"{i}.png" for i in range(20)], y.tolist(), 3)
+    folder = common.Folder([f"{i}.png" for i in range(20)], (y // 5).tolist(), 3)
     train, test = evaluate.hold_out(folder)
     assert [test.name(i) for i in range(2)] == ["9.png", "19.png"] and len(train) == 18 and len(folder) == 20
     path = checkpoint(tmp_path / "last.pt", "mae")
@@ -362,7 +384,8 @@ def test_finetuning_heeds_its_flags(tmp_path, monkeypatch):
 
 
 def test_finetuning_a_set_that_is_read_as_it_goes(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(evaluate, "load_data", lambda cfg, run, strict: [common.Named("imagenette", [None] * 20, 3)] * 2)
+    sets = [common.Named("imagenette", [None] * 20, 3)] * 2
+    monkeypatch.setattr(evaluate, "load_data", lambda cfg, run: sets)
     for flag in (["--probe", "finetune"], ["--held-out"]):
         assert run(monkeypatch, checkpoint(tmp_path / "last.pt", "mae"), *flag) == 2
         assert "held in memory" in capsys.readouterr().err

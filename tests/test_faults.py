@@ -911,18 +911,25 @@ def test_a_file_that_vanishes_is_a_broken_one(tmp_path, monkeypatch, capsys, no_
 
 
 def test_a_val_without_class_folders(tmp_path, monkeypatch, capsys):
-    """As ImageNet's unpacks: training says so and goes on, a test set has to be right."""
+    """ImageNet's validation archive unpacks so. Training uses all of train/, in every epoch."""
     for name in ("cats", "dogs"):
         write_images(tmp_path / "set/train" / name, 10)
     write_images(tmp_path / "set/val", 3)
-    trained(tiny(tmp_path / "run", data=str(tmp_path / "set"), model="nano"))
+    cfg = tiny(tmp_path / "run", data=str(tmp_path / "set"), batch_size=4, epochs=2)
+    orders = []
+
+    class Recorded(common.Order):
+        def __call__(self, *place):
+            orders.append(super().__call__(*place))
+            return orders[-1]
+    monkeypatch.setattr(common, "Order", Recorded)
+    trained(cfg)
+    for epoch in torch.cat(orders).split(20):
+        assert sorted(epoch.tolist()) == list(range(20))
+    assert all("knn_class" in r for r in records(tmp_path / "run") if "rank" in r)
     out = capsys.readouterr().out
-    assert re.search("warning: .*val has images in no class folder", out) and "18 images" in out and "2 images for k-NN" in out
-    status, lines = invoke(monkeypatch, capsys, "evaluate", [tmp_path / "run/last.pt", "--probe", "knn"])
-    assert status == 2 and len(lines) == 1 and "val/ has images in no class folder" in lines[0]
-    with pytest.raises(SystemExit, match="^0$"):  # every tenth of train/ does without it
-        monkeypatch.setattr(sys, "argv", ["evaluate.py", str(tmp_path / "run/last.pt"), "--probe", "knn", "--held-out"])
-        main(*PROGRAMS["evaluate"])
+    assert re.search("warning: .*val has images in no class folder", out)
+    assert f"20 images in {tmp_path}/set/train, 2 classes" in out and "no labelled val/" in out
 
 
 def test_a_class_called_train(tmp_path, capsys):
@@ -930,18 +937,34 @@ def test_a_class_called_train(tmp_path, capsys):
     for name in ("bus", "car", "train"):
         write_images(tmp_path / "set" / name, 10)
     trained(tiny(tmp_path / "run", data=str(tmp_path / "set")))
-    assert "27 images" in (out := capsys.readouterr().out) and "3 classes" in out
+    assert "30 images" in (out := capsys.readouterr().out) and "3 classes" in out
     write_images(tmp_path / "set/test/bus", 1)
     trained(tiny(tmp_path / "again", data=str(tmp_path / "set")))
     assert f"10 images in {tmp_path}/set/train, no labels" in capsys.readouterr().out
 
 
-def test_a_rare_class_is_not_held_out(tmp_path, capsys):
+def test_the_only_image_of_a_class_is_no_query(tmp_path, capsys):
     """The tenth image is the only one of its class; the twentieth is not."""
     for name, count in (("a", 9), ("b", 1), ("c", 12)):
         write_images(tmp_path / "set" / name, count)
     train_set, val_set = common.load_data(tiny("run", data=str(tmp_path / "set")), SimpleNamespace(say=print))
-    assert train_set.labels.bincount().tolist() == [9, 1, 11] and val_set.labels.tolist() == [2] and val_set.held_out
+    assert train_set.labels.bincount().tolist() == [9, 1, 12] and val_set is None
+    gallery, queries = common.split_tenth(train_set)
+    assert queries.tolist() == [19] and sorted([*gallery.tolist(), 19]) == list(range(22))
+
+
+def test_a_broken_image_of_gallery_and_training_is_named_once(tmp_path, capsys):
+    """The k-NN test reads the training set itself, so the limit is 1 % of all 200 images."""
+    for name in ("cats", "dogs"):
+        write_images(tmp_path / "set" / name, 100)
+    queries = ("cats/009.png", "cats/019.png")  # two of 20
+    broken = [tmp_path / "set" / name for name in queries]
+    for path in broken:
+        path.write_bytes(b"no image")
+    trained(tiny(tmp_path / "run", data=str(tmp_path / "set"), eval_every=1))
+    out = capsys.readouterr().out
+    assert all(out.count(f"cannot read {path} (") == 1 for path in broken)
+    assert out.count("cannot read") == 2
 
 
 def test_arrays_beside_photographs(tmp_path):
