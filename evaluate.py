@@ -1,671 +1,603 @@
-"""What is a checkpoint worth? The encoder is frozen and probed, as the papers do it, beside the same encoder untrained.
+"""How good is a trained encoder? Freeze it, fit small models ("probes") on its features, and
+compare with the same encoder untrained and with raw pixels.
 
-  python evaluate.py runs/mae/last.pt                                       k-NN and linear probe, on the data of the run
-  python evaluate.py runs/capi/last.pt --probe knn linear attentive seg-knn seg-linear --picture
-  python evaluate.py runs/mae/last.pt --data DIR --img-size 224             on a folder with train/ and val/
-  python evaluate.py mae_pretrain_vit_base.pth --method mae --data DIR      a file that the authors released
-  python evaluate.py runs/mae/last.pt --data DIR --masks trainannot valannot --ignore 11 --probe seg-knn     CamVid's layout
-  python evaluate.py runs/mae/last.pt --export encoder.pt                   the encoder alone, under timm's names
-  torchrun --nproc_per_node 8 evaluate.py runs/mae/last.pt                  features are extracted by all processes
+  python evaluate.py runs/mae/last.pt                           k-NN and linear, on the run's data
+  python evaluate.py runs/capi/last.pt --probe knn attentive seg-knn seg-linear --picture
+  python evaluate.py runs/mae/last.pt --data DIR --img-size 224      a folder with train/ and val/
+  python evaluate.py runs/mae/last.pt --data DIR --masks trainannot valannot --probe seg-knn
+  python evaluate.py mae_pretrain_vit_large.pth --method mae --model large      the authors' weights
+  python evaluate.py runs/mae/last.pt --export encoder.safetensors           under timm's names
+  torchrun --nproc_per_node 8 evaluate.py runs/mae/last.pt           all processes extract features
 
-  knn         by cosine, the 1 and the 20 nearest with votes exp(cosine / 0.07), exact
-  linear      one Linear on standardised features (a BatchNorm without parameters); a grid of rates and decays is trained
-              at once, the best on a held-out tenth of the training set is scored on the test set, once
-  attentive   the same on what a learned query with 8 heads gathers from the patch tokens
-  seg-knn     patch features vote for the most frequent label of a patch's pixels; mIoU over the pixels
-  seg-linear  one Linear on patch features, its logits enlarged to the pixels; mIoU
-  finetune    the whole encoder is trained on the labels: rates fall from layer to layer, drop path, no mixup
+  knn         The 1 and the 20 most similar training images (by cosine) vote for a class, with
+              weights exp(cosine / 0.07).
+  linear      A Linear layer on standardised features. A grid of learning rates and weight decays is
+              trained; the best on a held-out tenth of the training set is tested, once.
+  attentive   As linear, on what 8 learned queries gather from the patch features.
+  seg-knn     As knn, for patches, whose class is the most frequent one among their pixels. The
+              score is the mean intersection over union (mIoU) of the pixels.
+  seg-linear  As linear, for patches; the logits are enlarged to the pixels; mIoU.
+  finetune    The whole encoder is trained, with layer-wise learning rates and drop path.
 
-Features are what the method's `encode` gives (its docstring says of which encoder and after which norm), unless --pool or
---layer say otherwise. Everything that was chosen stands in the JSON file that is written beside the checkpoint.
+Features come from the method's `encode`, whose docstring says which encoder and which norm. A
+labelled folder without a labelled val/ is scored on every tenth training image; the probes are
+fitted on the others. Scores and settings are written to last.eval.json beside the checkpoint.
 """
 
 import contextlib
 import copy
-import dataclasses
+import functools
 import importlib
+import io
 import json
 import math
 import os
-import signal
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from common import (READ_ERRORS, BadInput, DropPath, Order, Pixels, centre_box, check_ranges, cut, denormalise, draw,
-                    eval_batches, evenly, features_of, fetch, find_images, flag, knn_predict, load_data, main, normalise, pair,
-                    patch_grid, patchify, pca_colours, random_mask, raw_pixels, read_checkpoint, read_image, resize,
-                    save_picture, size_of, split_tenth, start, train_batches, warmup_cosine, writing)
+from common import (FORMATS, MODELS, BadInput, Folder, Pixels, centre_box, check_ranges,
+                    denormalise, eval_batches, evenly, every_tenth, features_of, find_images, flag,
+                    knn, load_data, main, normalise, one_line, pair, patch_grid, patchify,
+                    pca_colours, raw_pixels, read_checkpoint, read_crop, save_picture,
+                    save_pictures, start, train_batches, vote, warmup_cosine, writing)
 
-METHODS = {  # method: (class, where the blocks of its encoder are)
-    "mae": ("MAE", "blocks"), "latent_mim": ("LatentMIM", "encoder.blocks"), "semantic_mim": ("SemanticMIM", "blocks"),
-    "pilamim": ("PiLaMIM", "encoder.blocks"), "capi": ("CAPI", "teacher.blocks"),
+PROBES = {  # probe: the features that it needs, and how many images it uses at most
+    "knn": ("pooled", None), "linear": ("pooled", None), "attentive": ("patches", 4096),
+    "seg-knn": ("patches", 1024), "seg-linear": ("patches", 1024), "finetune": (None, None),
 }
-PROBES = ("knn", "linear", "attentive", "seg-knn", "seg-linear", "finetune")
 ROWS = ("trained", "untrained", "raw")
-MASKED = {"voc": ("VOCSegmentation", {"image_set": "train"}, {"image_set": "val"}, {}),  # torchvision's sets with masks
-          "pet_masks": ("OxfordIIITPet", {"split": "trainval"}, {"split": "test"}, {"target_types": "segmentation"})}
+RATES, DECAYS = (1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3), (0.0, 0.01, 0.1)
+GRID = [(lr, decay) for lr in RATES for decay in DECAYS]  # G = 18 linear heads
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Config:
-    checkpoint: str = flag("", "a run's last.pt, or a file that the authors released (then with --method)", positional=True)
-    method: str = flag("", "whose released file it is", ("", *METHODS))
-    probe: tuple[str, ...] = flag(("knn", "linear"), "any of " + " ".join(PROBES), choices=PROBES)
-    rows: tuple[str, ...] = flag(ROWS, "what to score: any of " + " ".join(ROWS) + " (pixels)", choices=ROWS)
-    pool: str = flag("own", "what stands for an image: the method's own choice, CLS (registers, proxies), the mean of the "
-                     "patches, or both", ("own", "cls", "mean", "both"))
-    layer: int = flag(-1, "which block's output, before any norm, from 0; -1: what the method's encode gives", least=-1)
-    held_out: bool = flag(False, "score on every tenth training image in place of the test set, to "
-                          "choose settings by; always so for a folder without a labelled val/")
-    limit: int = flag(0, "at most so many images of either set; 0: all, for attentive 4096, for seg- 1024", least=0)
-    epochs: int = flag(50, "passes of the linear and attentive probes", least=1)
-    finetune_epochs: int = flag(10, "passes of --probe finetune", least=1)
-    finetune_lr: float = flag(2e-3, "rate of its head, per 256 images", least=0)
-    layer_decay: float = flag(0.75, "its rate falls by this factor from layer to layer downwards", least=0, most=1)
-    drop_path: float = flag(0.1, "its share of dropped branches in the last layer, rising from 0", least=0, most=0.9)
-    masks: tuple[str, ...] = flag((), "folders, in --data or not, of the masks of its train/ and val/ images (same names, .png)")
+    checkpoint: str = flag("", "a run's last.pt, or a file of the authors", positional=True)
+    method: str = flag("", "of a file of the authors: mae, latent_mim, ...")
+    model: str = flag("", "its size; default: the paper's", choices=MODELS)
+    patch_size: int | None = flag(None, "its patch size; default: the paper's", 1)
+    img_size: tuple[int, ...] = flag((), "one or two sides; default: as trained", 1, 10**5)
+    probe: tuple[str, ...] = flag((), "default: knn linear", choices=PROBES)
+    rows: tuple[str, ...] = flag(ROWS, "what to score; raw: pixels", choices=ROWS)
+    pool: str = flag("own", "image feature: the method's own; CLS, or the mean of registers or "
+                     "proxies; mean of patches; both", choices=("own", "cls", "mean", "both"))
+    layer: int = flag(-1, "use this block's output, from 0; -1: what `encode` returns", -1)
+    held_out: bool = flag(False, "score on every tenth training image, not on the test set")
+    limit: int = flag(0, "most images of a set; 0: all, attentive 4096, seg- 1024", 0)
+    epochs: int = flag(50, "of linear, attentive and seg-linear", 1)
+    finetune_epochs: int = flag(10, "of finetune", 1)
+    finetune_lr: float = flag(2e-3, "its peak learning rate per 256 images", 0, 1e30)
+    layer_decay: float = flag(0.75, "its learning rate falls by this factor per layer", 0, 1)
+    drop_path: float = flag(0.1, "its drop path in the last block, rising from 0", 0, 0.9)
+    masks: tuple[str, ...] = flag((), "folders of the masks (.png) for train/ and val/")
     ignore: int = flag(255, "label in the masks that does not count")
-    picture: bool = flag(False, "PCA of patches, t-SNE, and what the method can show, beside the checkpoint")
-    images: tuple[str, ...] = flag((), "files for the pictures; else the first eight of the test set")
-    export: str = flag("", "file to write the encoder to, under timm's names")
-    data: str = ""
-    data_root: str = ""
-    img_size: tuple[int, ...] = ()
-    workers: int = -1
-    seed: int = 0
-    device: str = "auto"
-    amp: str = "auto"
+    picture: bool = flag(False, "draw PCA colours of the patches, and the method's pictures")
+    images: tuple[str, ...] = flag((), "image files to draw; default: 8 of the test set")
+    export: str = flag("", "write the encoder to this .pt or .safetensors file")
+    data: str = flag("", "as in training; default: the run's")
+    data_root: str = flag("", "as in training; default: the run's")
+    workers: int | None = flag(None, "as in training", 0)
+    seed: int = flag(0, "decides everything random", 0)
+    device: str = flag("auto", "as in training", choices=("auto", "cpu", "cuda", "mps"))
+    amp: str = flag("auto", "as in training", choices=("auto", "bf16", "fp16", "off"))
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The checkpoint
-# ---------------------------------------------------------------------------------------------------------------
+# -- the checkpoint
 
-def load_model(path, method=""):
-    """-> method, its module's Config as it was trained (or the default), model, and one of the same kind untrained."""
-    state = read_checkpoint(path)
-    ours = "method" in state and all(isinstance(state.get(name), dict) for name in ("config", "model"))
-    if ours and method and method != state["method"]:
-        raise BadInput(f"{path}: a checkpoint of {state['method']}, not of {method}")
-    method = state["method"] if ours else method
-    if method not in METHODS:
-        raise BadInput(f"{path}: not a checkpoint of this repository; if the authors released it, say --method "
-                       f"({' '.join(METHODS)})")
-    module = importlib.import_module(method)
-    if ours:
-        try:
-            config = module.Config(**state["config"])
-            vocab = {"vocab": len(state["model"]["head.weight"])} if getattr(config, "target", "") == "dvae" else {}
-            torch.manual_seed(config.seed)
-            model, untrained = module.build(config, **vocab), module.build(config, **vocab)
+@contextlib.contextmanager
+def reading(what):
+    """On a damaged file decoders and torch may raise any exception: raise one line instead."""
+    try:
+        yield
+    except Exception as error:
+        raise BadInput(f"{what}: cannot be used ({one_line(error)})") from error
+
+
+def load_model(cfg):
+    """-> the method's name, its Config, the model, and another one with untrained weights."""
+    state = read_checkpoint(cfg.checkpoint)
+    from_run = "method" in state and "config" in state
+    if from_run and (cfg.method or cfg.model or cfg.patch_size):
+        raise BadInput(f"{cfg.checkpoint} is a checkpoint of {state['method']}; --method, --model "
+                       "and --patch-size are for files of the authors")
+    method = state["method"] if from_run else cfg.method
+    if not str(method).isidentifier():
+        raise BadInput(f"{cfg.checkpoint}: not from a run; a file of the authors needs --method")
+    sizes = dict(zip(("dim", "depth", "heads"), MODELS.get(cfg.model, ())))
+    sizes |= {"img_size": cfg.img_size, "patch_size": cfg.patch_size}
+    sizes = {name: size for name, size in sizes.items() if size}
+    with reading(f"{cfg.checkpoint}, --method {method}"):
+        module = importlib.import_module(method)
+        torch.manual_seed(cfg.seed)
+        if from_run:
+            trained = module.Config(**state["config"])
+            check_ranges(trained)
+            model, untrained = module.build(trained), module.build(trained)
             model.load_state_dict(state["model"])
-        except (RuntimeError, TypeError, KeyError) as error:
-            raise BadInput(f"{path}: weights and config do not fit ({' '.join(str(error).split())[:200]})") from error
-    else:
-        torch.manual_seed(0)
-        model = getattr(module, METHODS[method][0]).from_released(state)
-        untrained = type(model)(**model.sizes)
-        side = model.grid[0] * model.patch_size, model.grid[1] * model.patch_size
-        config = module.Config(img_size=side, patch_size=model.patch_size, in_chans=model.sizes["in_chans"])
-        if hasattr(config, "target"):
-            config = module.with_recipe(config)
-    return method, config, model.eval(), untrained.eval()
+        else:
+            model, untrained = module.Model.from_released(state, **sizes), module.Model(**sizes)
+            img_size = tuple(n * model.patch_size for n in model.grid)
+            trained = module.Config(img_size=img_size, patch_size=model.patch_size)
+    return method, trained, model.eval(), untrained.eval()
 
 
-def encoder_of(model, method, pool, layer):
-    """images -> pooled [B, F], patches [B, N, D], of the chosen layer and pooling."""
-    blocks = model.get_submodule(METHODS[method][1])
-    if layer >= len(blocks):
-        raise BadInput(f"--layer {layer}: the encoder has {len(blocks)} blocks, 0 to {len(blocks) - 1}")
+def encoder_of(model, cfg):
+    """A function images -> pooled [B, F], patches [B, N, D], as --pool and --layer say."""
+    blocks = model.get_submodule(model.encoder_name).blocks
+    if cfg.layer >= len(blocks):
+        raise BadInput(f"--layer {cfg.layer}: the encoder has the blocks 0 to {len(blocks) - 1}")
 
     def encode(images):
-        kept = []
-        hook = blocks[layer].register_forward_hook(lambda module, inputs, out: kept.append(out))
-        try:
-            pooled, patches = model.encode(images)
-        finally:
-            hook.remove()
-        if pool in ("cls", "both") and kept[0].shape[1] == patches.shape[1]:
-            raise BadInput(f"--pool {pool}: this encoder has neither CLS nor registers")
-        front, tokens = kept[0][:, :-patches.shape[1]], kept[0][:, -patches.shape[1]:]  # CLS, registers or proxies; patches
-        patches = patches if layer < 0 else tokens
-        own_cls = layer < 0 and method in ("mae", "pilamim")  # their pooled feature is CLS after the final norm
-        cls, mean = pooled if own_cls else front.mean(1), patches.mean(1)
-        own = pooled if layer < 0 else cls if method in ("mae", "pilamim") else mean
-        return {"own": own, "cls": cls, "mean": mean, "both": torch.cat([cls, mean], 1)}[pool], patches
+        outputs = []
+        hook = blocks[cfg.layer].register_forward_hook(lambda m, args, out: outputs.append(out))
+        own, patches = model.encode(images)
+        hook.remove()
+        extra = outputs[0].shape[1] - patches.shape[1]  # CLS, registers or proxies stand in front
+        if cfg.pool in ("cls", "both") and extra == 0:
+            raise BadInput(f"--pool {cfg.pool}: this encoder has only patches")
+        cls = outputs[0][:, :extra].mean(1)
+        if cfg.layer >= 0:
+            patches = outputs[0][:, extra:]
+            own = cls if model.pool == "cls" else patches.mean(1)
+        elif model.pool == "cls":
+            cls = own  # after the final norm
+        mean = patches.mean(1)
+        pools = {"own": own, "cls": cls, "mean": mean, "both": torch.cat([cls, mean], 1)}
+        return pools[cfg.pool], patches
     return encode
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Data with a label per pixel
-# ---------------------------------------------------------------------------------------------------------------
+def check_finite(features):
+    if not features.isfinite().all():
+        raise BadInput("the features are not finite: damaged or diverged weights")
+
+
+# -- data
 
 def labels_of(mask):
-    """PIL's picture of a mask -> the number of each pixel's class, uint8 [h, w]."""
-    labels = np.asarray(mask)  # of a palette its indices
+    """A PIL image -> the class of each pixel, uint8 [H, W]: a palette image's indices."""
+    labels = np.asarray(mask)
     if labels.ndim == 3:
-        if labels.shape[2] > 2 and (labels[..., :3] != labels[..., :1]).any():
+        if (labels != labels[..., :1]).any():
             raise ValueError("a mask in colours; one number per pixel is needed")
         labels = labels[..., 0]
-    if not 0 <= labels.min() <= labels.max() <= 255:
-        raise ValueError(f"a mask with labels from {labels.min()} to {labels.max()}; they are to be 0 to 255")
+    if labels.dtype.kind == "f" or labels.min() < 0 or labels.max() > 255:
+        raise ValueError("the labels of a mask must be integers from 0 to 255")
     return torch.from_numpy(labels.astype(np.uint8))
 
 
-def with_masks(rows, count, cfg, what):
-    """(picture, mask [h, w]) pairs -> Pixels at the size of the model: bicubic images, nearest masks."""
-    images, maps, size = [], [], pair(cfg.img_size)
-    for image, mask in tqdm(rows, f"reading {what}", total=count, leave=False, disable=None):
-        box = centre_box(*size_of(image), size, 1.0)
-        images.append(resize(cut(image, cfg.in_chans, box), size))
-        maps.append(F.interpolate(cut(mask[None], 1, box)[None], size, mode="nearest")[0, 0])
+def masked_set(cfg, split, folder):
+    """The largest central crops of the images in --data/split and of their masks, in memory."""
+    root, size = Path(cfg.data, split), pair(cfg.img_size)
+    folder = Path(cfg.data, folder) if Path(cfg.data, folder).is_dir() else Path(folder)
+    images, maps = [], []
+    paths, _ = find_images(root, cfg.in_chans)
+    for path in tqdm(paths, f"reading {root}", leave=False, disable=None):
+        path = os.fsdecode(path)
+        mask_path = (folder / os.path.relpath(path, root)).with_suffix(".png")
+        with reading(f"--masks: {path} with {mask_path}"):
+            with Image.open(mask_path, formats=FORMATS) as mask:
+                labels = labels_of(mask)
+            top, left, h, w = box = centre_box(*labels.shape, size, 1.0)
+
+            def box_of(*shape):
+                if shape != labels.shape:
+                    raise ValueError(f"{shape} pixels, but {tuple(labels.shape)} in the mask")
+                return box
+            images.append(read_crop(path, cfg.in_chans, size, box_of))
+            maps.append(F.interpolate(labels[None, None, top:top + h, left:left + w], size)[0, 0])
     return Pixels(torch.stack(images), {}, torch.stack(maps))
 
 
-def masked_sets(cfg, masks, run):
-    """Training and test set with masks: one of torchvision's, or folders."""
-    if cfg.data in MASKED:
-        name, train, test, options = MASKED[cfg.data]
-        sets = []
-        for split in (train, test):
-            data = fetch(name, split | options, cfg, run)
-            rows = ((image, labels_of(mask)) for image, mask in data)
-            try:
-                sets.append(with_masks(rows, len(data), cfg, cfg.data))
-            except ValueError as error:
-                raise BadInput(f"--data {cfg.data}: {error}") from error
-        return sets
-    base = Path(cfg.data)
-    if not base.is_dir():
-        raise BadInput(f"--data {cfg.data}: no such folder")
-    sets = []
-    for split, folder in zip(("train", "val"), masks if len(masks) == 2 else masks * 2):
-        inside = base / split
-        folder = base / folder if (base / folder).is_dir() else Path(folder)
-        paths = [p for p in find_images(inside, cfg.in_chans) if folder not in p.parents]
-        lost = [p for p in paths if not (folder / p.relative_to(inside)).with_suffix(".png").exists()]
-        if lost or not paths:
-            raise BadInput(f"--masks {folder}: " + (f"no mask for {len(lost)} of {len(paths)} images, the first {lost[0].name}"
-                           if lost else f"{inside} has no images"))
-
-        def rows():
-            for path in paths:
-                try:
-                    mask = Image.open((folder / path.relative_to(inside)).with_suffix(".png"))
-                    image, labels = read_image(str(path), cfg.in_chans), labels_of(mask)
-                    if size_of(image) != tuple(labels.shape):
-                        raise ValueError("{} x {} pixels and {} x {} of the mask".format(*size_of(image), *labels.shape))
-                    yield image, labels
-                except READ_ERRORS as error:
-                    raise BadInput(f"{path} or its mask cannot be used ({error})") from error
-        sets.append(with_masks(rows(), len(paths), cfg, inside))
-    return sets
+def subset(data, ids):
+    labels = {name: y[ids] for name, y in data.labels.items()}
+    if isinstance(data, Folder):
+        return Folder(data.paths[ids.numpy()], labels)
+    return Pixels(data.images[ids], labels, None if data.maps is None else data.maps[ids])
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Heads: a grid of them at once
-# ---------------------------------------------------------------------------------------------------------------
+def load_sets(cfg, trained, run):
+    """-> training set, test set (None without labels), and what the test set is. The pre-training
+    may have seen held-out images too, but not their labels."""
+    if len(cfg.masks) > 2:
+        raise BadInput("--masks takes one folder, or one for train/ and one for val/")
+    if cfg.masks:
+        train_set = masked_set(trained, "train", cfg.masks[0])
+        test_set = masked_set(trained, "val", cfg.masks[-1])
+    else:
+        train_set, test_set = load_data(trained, run)
+    if test_set is not None and not cfg.held_out:
+        return train_set, test_set, "its own"
+    held_out, others = every_tenth(train_set) if train_set.labels else ([], [])
+    if len(held_out):
+        text = "every tenth training image; the probes are fitted on the others"
+        return subset(train_set, others), subset(train_set, held_out), text
+    if cfg.held_out:
+        raise BadInput("--held-out needs labels, ten images, and two of the same class")
+    return train_set, None, ""
 
-# AdamW, SGD and LARS, each with a grid of its own, came within 2 points of each other once the rates were high enough (2026-11,
-# kind and distance of shapes, MAE, CAPI and SemanticMIM; no command here repeats it). So AdamW, and rates up to 0.3.
-RATES, DECAYS = (1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3), (0.0, 0.01, 0.1)
 
+# -- probes: each returns its scores in %, and what it chose
 
 class Heads(nn.Module):
-    """G linear classifiers side by side; with `queries` each first gathers the tokens: 8 learned queries look at
-    whole tokens, and each gathers its eighth of the channels."""
+    """A linear classifier for each setting of GRID. With `queries`, each has 8 learned queries that
+    attend to the patches, and each query sums its own eighth of the channels."""
 
-    def __init__(self, count, dim, classes, queries):
+    def __init__(self, dim, classes, queries):
         super().__init__()
-        self.split = math.gcd(8, dim)
-        self.weight, self.bias = nn.Parameter(torch.zeros(count, dim, classes)), nn.Parameter(torch.zeros(count, 1, classes))
-        self.query = nn.Parameter(0.02 * torch.randn(count, self.split, dim)) if queries else None
+        self.weight = nn.Parameter(torch.zeros(len(GRID), dim, classes))
+        self.bias = nn.Parameter(torch.zeros(len(GRID), 1, classes))
+        query = 0.02 * torch.randn(len(GRID), math.gcd(8, dim), dim)
+        self.query = nn.Parameter(query) if queries else None
 
-    def forward(self, x):  # [n, F], or tokens [n, N, F] -> [G, n, classes]
-        if self.query is None:  # all heads in one product
-            return (x @ self.weight.transpose(0, 1).flatten(1)).unflatten(1, (len(self.weight), -1)).transpose(0, 1) + self.bias
-        queries = self.query.transpose(0, 1).flatten(0, 1) / x.shape[-1] ** 0.5  # [8 G, F]
-        look = (queries @ x.transpose(1, 2)).softmax(-1).unflatten(1, (self.split, -1))  # [n, 8, G, N]
-        x = look @ x.unflatten(-1, (self.split, -1)).transpose(1, 2)  # [n, 8, G, F / 8]
-        return x.permute(2, 0, 1, 3).flatten(2) @ self.weight + self.bias
-
-
-def fit_heads(x, y, classes, cfg, queries=False, batch=1024):
-    """Training features [n, F] or [n, N, F], labels [n] or shares [n, classes] -> (function from features to logits of the
-    best head, what was chosen). AdamW, written out because each head has a rate and a decay of its own."""
-    x = x.float()
-    mean, std = x.flatten(0, -2).mean(0), (x.flatten(0, -2).var(0, unbiased=False) + 1e-6).sqrt()
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(cfg.seed)).to(x.device)
-    held, kept = order[:max(1, len(x) // 10)], order[max(1, len(x) // 10):]
-    if not len(kept):
-        raise BadInput("--data or --limit: a head takes two images, one to learn from and one to be chosen by")
-    grid = [(rate, decay) for rate in RATES for decay in DECAYS]
-    rates, decays = (torch.tensor(column, device=x.device).view(-1, 1, 1) for column in zip(*grid))
-    with torch.random.fork_rng():
-        torch.manual_seed(cfg.seed)
-        heads = Heads(len(grid), x.shape[-1], classes, queries).to(x.device)
-    average = [(torch.zeros_like(p), torch.zeros_like(p)) for p in heads.parameters()]
-    batch = min(batch, len(kept))
-    stream, total = Order(len(kept), cfg.seed), max(100, cfg.epochs * len(kept) // batch)
-    for step in tqdm(range(1, total + 1), "attentive" if queries else "linear", leave=False, disable=None):
-        ids = kept[stream(step - 1, batch, slice(0, batch)).to(x.device)]
-        logits = heads((x[ids] - mean) / std)  # [G, n, classes]
-        target = y[ids].repeat(len(grid), *[1] * (y.ndim - 1))
-        gradients = torch.autograd.grad(F.cross_entropy(logits.flatten(0, 1), target) * len(grid), [*heads.parameters()])
-        rate = warmup_cosine(step - 1, total, 0, rates)
-        with torch.no_grad():
-            for p, g, (m, v) in zip(heads.parameters(), gradients, average):
-                m.lerp_(g, 0.1)
-                v.lerp_(g * g, 0.01)
-                p.mul_(1 - rate * decays).sub_(rate * (m / (1 - 0.9**step)) / ((v / (1 - 0.99**step)).sqrt() + 1e-8))
-
-    @torch.no_grad()
-    def logits(features):  # of all heads, part by part: [G, n, classes]
-        for part in features.split(batch):
-            yield heads((part.float() - mean) / std)
-    truth = y[held] if y.ndim == 1 else y[held].argmax(1)
-    scores = (torch.cat([part.argmax(-1) for part in logits(x[held])], 1) == truth).float().mean(1)
-    best = scores.argmax().item()
-    return lambda features: torch.cat([part[best] for part in logits(features)]), {
-        "optimizer": "AdamW, betas 0.9 and 0.99", "rate": grid[best][0], "weight_decay": grid[best][1],
-        "steps": total, "batch": batch, "held_out": round(100 * scores[best].item(), 2)}
+    def forward(self, x):  # [n, F], or with queries [n, N, F] -> [G, n, classes]
+        if self.query is None:
+            return torch.einsum("nf,gfc->gnc", x, self.weight) + self.bias
+        query = self.query.flatten(0, 1) / x.shape[-1] ** 0.5  # [G * 8, F]
+        weights = (query @ x.mT).softmax(-1).unflatten(1, (len(GRID), -1))  # [n, G, 8, N]
+        x = x.unflatten(2, (weights.shape[2], -1))  # [n, N, 8, F / 8]
+        x = torch.einsum("ngqt,ntqd->gnqd", weights, x).flatten(2)  # [G, n, F]
+        return x @ self.weight + self.bias
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Probes
-# ---------------------------------------------------------------------------------------------------------------
+def fit_heads(x, y, test, classes, cfg, queries=False):
+    """Training features x [n, F] or [n, N, F] with labels y [n] or shares of classes [n, classes],
+    and test features -> the test logits [m, classes] of the head that is best on a held-out tenth
+    of x; what was chosen."""
+    torch.manual_seed(cfg.seed)
+    var, mean = torch.var_mean(x.float().flatten(0, -2), 0, correction=0)
+    x, test = [(features.float() - mean) / (var + 1e-6).sqrt() for features in (x, test)]
+    held_out, others = torch.randperm(len(x)).to(x.device).tensor_split([max(1, len(x) // 10)])
+    if not len(others):
+        raise BadInput("--limit or --data: one image is too few to fit a head and to choose it")
+    batch = min(1024, len(others))
+    per_epoch = len(others) // batch  # an incomplete batch is left out
+    steps = max(100, cfg.epochs * per_epoch)
+    heads = Heads(x.shape[-1], classes, queries).to(x.device)
+    parameters = list(heads.parameters())
+    averages = [(torch.zeros_like(p), torch.zeros_like(p)) for p in parameters]
+    peak, decay = torch.tensor(GRID, device=x.device).T[..., None, None]  # each [G, 1, 1]
+    for step in tqdm(range(steps), "fitting heads", leave=False, disable=None):
+        place = step % per_epoch
+        if place == 0:
+            order = others[torch.randperm(len(others)).to(x.device)]
+        ids = order[place * batch:(place + 1) * batch]
+        target = torch.cat([y[ids]] * len(GRID))
+        loss = F.cross_entropy(heads(x[ids]).flatten(0, 1), target) * len(GRID)
+        grads = torch.autograd.grad(loss, parameters)
+        lr = warmup_cosine(step, steps, 0, peak, first=0.0, last=0.0)
+        with torch.no_grad():  # AdamW, written out: every head has its own lr and decay
+            for p, g, (m, v) in zip(parameters, grads, averages):
+                m.lerp_(g, 1 - 0.9)
+                v.lerp_(g * g, 1 - 0.99)
+                m_hat, v_hat = m / (1 - 0.9 ** (step + 1)), v / (1 - 0.99 ** (step + 1))
+                p.mul_(1 - lr * decay).sub_(lr * m_hat / (v_hat.sqrt() + 1e-8))
+
+    truth = y[held_out] if y.ndim == 1 else y[held_out].argmax(1)
+    with torch.no_grad():
+        parts = [heads(part).argmax(-1) for part in x[held_out].split(batch)]
+        scores = 100 * (torch.cat(parts, 1) == truth).float().mean(1)  # [G]
+        best = scores.argmax().item()
+        logits = torch.cat([heads(part)[best] for part in test.split(batch)])
+    return logits, {"lr": GRID[best][0], "weight_decay": GRID[best][1], "steps": steps,
+                    "batch": batch, "held_out": round(scores[best].item(), 2)}
+
 
 def accuracy(predicted, truth):
     return 100 * (predicted == truth).float().mean().item()
 
 
-def probe_images(probe, train, train_labels, test, test_labels, cfg):
-    """One of knn, linear, attentive, for every label there is: scores {name: %}, choices."""
+def probe_images(probe, train, test, train_set, test_set, cfg):
+    """knn, linear or attentive, for every kind of label."""
     scores, chosen = {}, {}
-    for name, y in train_labels.items():
-        missing = sorted(set(test_labels[name].tolist()) - set(y.tolist()))
-        if missing:
-            raise BadInput(f"--data: the test set has classes of `{name}` that the training set has not: {missing[:5]}"
-                           + "; a larger --limit may have them" * bool(cfg.limit))
+    for name, y in train_set.labels.items():
+        y, truth = y.to(train.device), test_set.labels[name].to(train.device)
         if probe == "knn":
+            similarity, ids = knn(train, test, 20)  # the nearest first
             for k in (1, 20):
-                scores[f"{name} k={k}"] = accuracy(knn_predict(train, y, test, k), test_labels[name])
+                predicted = vote(similarity[:, :k], y[ids[:, :k]])
+                scores[f"{name} k={k}"] = accuracy(predicted, truth)
         else:
-            predict, chosen[name] = fit_heads(train, y, int(y.max()) + 1, cfg, queries=probe == "attentive")
-            scores[name] = accuracy(predict(test).argmax(-1), test_labels[name])
+            classes, queries = int(y.max()) + 1, probe == "attentive"
+            logits, chosen[name] = fit_heads(train, y, test, classes, cfg, queries)
+            scores[name] = accuracy(logits.argmax(1), truth)
     return scores, chosen
 
 
 def patch_labels(maps, p, classes, ignore):
-    """Label maps [n, H, W] -> share of each class among a patch's pixels that count [n, N, classes], zero where none does."""
+    """Maps [n, H, W] -> the share of each class among the pixels of a patch that count
+    [n, N, classes]; zero if none counts."""
     maps = maps.long().masked_fill(maps == ignore, classes)
     pixels = patchify(maps[:, None], p)  # [n, N, p * p]
-    shares = torch.zeros(*pixels.shape[:2], classes + 1).scatter_add_(2, pixels, torch.ones(pixels.shape))[..., :classes]
-    return shares / shares.sum(-1, keepdim=True).clamp(min=1)
+    counts = torch.zeros(*pixels.shape[:2], classes + 1)
+    counts = counts.scatter_add_(2, pixels, torch.ones(pixels.shape))[..., :classes]
+    return counts / counts.sum(-1, keepdim=True).clamp(min=1)
 
 
 def mean_iou(predicted, truth, classes, ignore):
-    """Label maps of any shape -> mIoU over the classes that occur in either, and pixel accuracy, in %."""
+    """Maps of any shape -> mIoU over the classes that occur in either, and pixel accuracy, in %."""
     counts = truth != ignore
     pairs = truth[counts].long() * classes + predicted[counts].long()
     matrix = torch.bincount(pairs, minlength=classes**2).view(classes, classes).double()
-    union, right = matrix.sum(0) + matrix.sum(1) - matrix.diag(), matrix.diag()
-    return 100 * (right / union)[union > 0].mean().item(), 100 * (right.sum() / matrix.sum()).item()
+    right, union = matrix.diag(), matrix.sum(0) + matrix.sum(1) - matrix.diag()
+    miou = (right / union)[union > 0].mean().item()
+    return 100 * miou, 100 * (right.sum() / matrix.sum()).item()
 
 
-def probe_pixels(probe, train, train_maps, test, test_maps, p, cfg):
-    """seg-knn or seg-linear: patch features [n, N, D], label maps [n, H, W] -> scores, choices."""
-    grid = patch_grid(train_maps.shape[1:], p)
-    known = torch.cat([m[m != cfg.ignore].unique() for m in (train_maps, test_maps)])
-    if len(known.unique()) < 2:
-        raise BadInput(f"--masks: beside --ignore {cfg.ignore} they have the labels {known.unique().tolist()}; it takes two")
-    classes = int(known.max()) + 1
-    shares = patch_labels(train_maps, p, classes, cfg.ignore).flatten(0, 1)  # [n N, classes]
+def probe_pixels(probe, train, test, train_set, test_set, p, cfg):
+    """seg-knn or seg-linear, on at most 16,384 training patches."""
+    labels = torch.cat([train_set.maps.unique(), test_set.maps.unique()]).unique()
+    labels = labels[labels != cfg.ignore]
+    if len(labels) < 2:
+        raise BadInput(f"--masks: besides --ignore {cfg.ignore} they have the labels "
+                       f"{labels.tolist()}; it takes two")
+    classes, grid = int(labels.max()) + 1, patch_grid(test_set.maps.shape[1:], p)
+    shares = patch_labels(train_set.maps, p, classes, cfg.ignore).flatten(0, 1)
     order = torch.randperm(len(shares), generator=torch.Generator().manual_seed(cfg.seed))
     order = order[shares[order].sum(1) > 0][:16384]
-    x, y = train.flatten(0, 1)[order], shares[order].to(train.device)
-    chosen = {"patches": len(x)}
+    x, y = train.flatten(0, 1)[order].float(), shares[order].to(train.device)
+    queries, chosen = test.flatten(0, 1).float(), {}
     if probe == "seg-knn":
-        parts = [knn_predict(x.float(), y.argmax(1), some.flatten(0, 1).float(), 20).view(len(some), *grid)
-                 for some in test.split(64)]
-        predicted = torch.cat(parts).repeat_interleave(p, 1).repeat_interleave(p, 2)
+        similarity, ids = knn(x, queries, 20)
+        predicted = vote(similarity, y.argmax(1)[ids]).view(-1, *grid)
+        predicted = predicted.repeat_interleave(p, 1).repeat_interleave(p, 2)
     else:
-        predict, more = fit_heads(x, y, classes, cfg)
-        chosen |= more
-        parts = [F.interpolate(predict(some.flatten(0, 1)).view(len(some), *grid, classes).permute(0, 3, 1, 2), scale_factor=p,
-                               mode="bilinear").argmax(1) for some in test.split(64)]
-        predicted = torch.cat(parts)
-    miou, right = mean_iou(predicted.cpu(), test_maps, classes, cfg.ignore)
+        logits, chosen = fit_heads(x, y, queries, classes, cfg)
+        logits = logits.view(-1, *grid, classes).permute(0, 3, 1, 2)
+        predicted = torch.cat([F.interpolate(some, scale_factor=p, mode="bilinear").argmax(1)
+                               for some in logits.split(64)])
+    miou, right = mean_iou(predicted.cpu(), test_set.maps, classes, cfg.ignore)
     return {"mIoU": miou, "pixels": right}, chosen
 
 
-def layer_of(name, prefix, depth):
-    """Of a parameter: 0 before the blocks, 1 to depth in them, depth + 1 after them (norms, and what CAPI predicts with)."""
-    if name.startswith(prefix):
-        return int(name[len(prefix):].split(".")[0]) + 1
-    after = ".norm." in f".{name}" and "blocks" not in name or "predictor" in name or name.endswith("teacher.mask_token")
-    return depth + 1 if after else 0
+def drop_path(rate):
+    """A forward hook: in training, drop a branch of a block for some images and scale it up for the
+    others. Evaluation runs without gradients."""
+    def hook(module, args, out):
+        if not torch.is_grad_enabled():
+            return out
+        kept = torch.rand(len(out), 1, 1, device=out.device) >= rate
+        return out * kept / (1 - rate)
+    return hook
 
 
-def finetune(model, method, mcfg, run, train_set, val_set, cfg):
-    """The whole encoder on the first label, end to end -> scores, choices."""
-    torch.manual_seed(cfg.seed)  # whatever was probed before
-    if cfg.limit:
-        train_set, val_set = (subset(data, evenly(len(data), cfg.limit)) for data in (train_set, val_set))
-    model, batch = copy.deepcopy(model).train(), min(128, len(train_set))
-    model.training = False  # the flag of the whole alone: where it is set, SemanticMIM's `encode` drops no path
-    encode = encoder_of(model, method, cfg.pool, cfg.layer)
-    labels = train_set.labels if isinstance(train_set, Pixels) else {"class": train_set.labels}
-    name, y = next(iter(labels.items()))
-    blocks = model.get_submodule(METHODS[method][1])
-    for depth, block in enumerate(blocks):
-        rate = cfg.drop_path * depth / max(1, len(blocks) - 1)
-        if isinstance(getattr(block, "drop_path", None), float):
-            block.drop_path = rate
-        else:  # the rate of the pre-training goes too
-            block.drop_path1, block.drop_path2 = [DropPath(rate) if rate else nn.Identity() for _ in range(2)]
+def layer_of(name, depth):
+    """The layer of an encoder's parameter: 0 before the blocks, 1 to depth in them, or above."""
+    first, *rest = name.split(".")
+    if first == "blocks":
+        return int(rest[0]) + 1
+    return depth + 1 if rest and first != "patch_embed" else 0  # tokens and positions have no dot
+
+
+def finetune(model, train_set, test_set, cfg, trained, run):
+    """Train the encoder and a Linear layer on the first kind of label."""
+    torch.manual_seed(cfg.seed)
+    batch = min(128, len(train_set))
+    trained = replace(trained, batch_size=batch, seed=cfg.seed, crop_scale=(0.35, 1.0))
+    run = replace(run, cfg=trained)
+    name, y = next(iter(train_set.labels.items()))
+    model = copy.deepcopy(model).eval()  # eval: without the drop path of the pre-training
+    encode, encoder = encoder_of(model, cfg), model.get_submodule(model.encoder_name)
     with torch.no_grad():
-        dim = encode(next(eval_batches(mcfg, run, val_set, torch.arange(1)))[0])[0].shape[1]
-    head = nn.Linear(dim, int(y.max()) + 1).to(run.device)
-    prefix, groups = METHODS[method][1] + ".", {}
-    for full, p in model.requires_grad_(True).named_parameters():
-        below = len(blocks) + 1 - layer_of(full, prefix, len(blocks))
-        groups.setdefault((cfg.layer_decay ** below, p.ndim > 1), []).append(p)
-    peak = cfg.finetune_lr * batch / 256
-    optimizer = torch.optim.AdamW([{"params": ps, "scale": scale, "weight_decay": 0.05 * decayed} for (scale, decayed), ps in
-                                   groups.items()] + [{"params": [*head.parameters()], "scale": 1.0}], lr=peak)
+        images, _ = next(eval_batches(trained, run, test_set, torch.arange(1)))
+        head = nn.Linear(encode(images)[0].shape[1], int(y.max()) + 1).to(run.device)
+
+    peak, depth = cfg.finetune_lr * batch / 256, len(encoder.blocks)
+    for i, block in enumerate(encoder.blocks):
+        hook = drop_path(cfg.drop_path * i / max(1, depth - 1))
+        block.attn.register_forward_hook(hook)
+        block.mlp.register_forward_hook(hook)
+    groups = [{"params": head.parameters(), "lr": peak, "weight_decay": 0.05}]
+    for parameter, p in encoder.requires_grad_(True).named_parameters():
+        lr = peak * cfg.layer_decay ** (depth + 1 - layer_of(parameter, depth))
+        groups.append({"params": [p], "lr": lr, "weight_decay": 0.05 if p.ndim > 1 else 0.0})
+    optimizer = torch.optim.AdamW(groups)
     total = max(1, cfg.finetune_epochs * len(train_set) // batch)
-    ft, alone = dataclasses.replace(mcfg, batch_size=batch, accum=1, seed=cfg.seed), dataclasses.replace(run, rank=0, world=1)
-    stream = train_batches(ft, alone, train_set, (0.35, 1.0), 0, total, labelled=True)
-    for step, (images, y) in enumerate(tqdm(stream, "finetune", total=total, leave=False, disable=None)):
-        for group in optimizer.param_groups:
-            group["lr"] = warmup_cosine(step, total, total // 10, peak) * group["scale"]
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, functools.partial(
+        warmup_cosine, total=total, warmup=total // 10, peak=1.0, first=0.0, last=0.0))
+    stream = train_batches(trained, run, train_set, 0, total, labelled=True)
+    for images, labels in tqdm(stream, "finetune", total=total, leave=False, disable=None):
         with run.autocast():
             logits = head(encode(images)[0])
-        F.cross_entropy(logits.float(), y.to(run.device)).backward()
-        nn.utils.clip_grad_norm_([*model.parameters(), *head.parameters()], 1.0)
+        F.cross_entropy(logits.float(), labels[name].to(run.device)).backward()
+        nn.utils.clip_grad_norm_([*encoder.parameters(), *head.parameters()], 1.0)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    model.eval()
-    right, seen = 0, 0
-    with torch.no_grad():
-        for images, truth in eval_batches(mcfg, alone, val_set, torch.arange(len(val_set))):
-            with run.autocast():
-                right += (head(encode(images)[0]).argmax(1).cpu() == truth[name].cpu()).sum().item()
-            seen += len(images)
-    return {name: 100 * right / seen}, {"optimizer": "AdamW", "rate": peak, "steps": total, "batch": batch,
-                                        "layer_decay": cfg.layer_decay, "drop_path": cfg.drop_path, "mixup": False}
+        optimizer.zero_grad()
+        schedule.step()
+    features = extract(encode, "pooled", test_set, trained, run).to(run.device)
+    score = accuracy(head(features).argmax(1), test_set.labels[name].to(run.device))
+    return {name: score}, {"lr": peak, "steps": total, "batch": batch}
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Pictures and export
-# ---------------------------------------------------------------------------------------------------------------
+# -- files
 
-def tsne(x, perplexity=30.0, steps=500, seed=0):
-    """Exact t-SNE of a few thousand points: x [n, D] -> [n, 2]."""
-    n, perplexity = len(x), min(perplexity, (len(x) - 1) / 3)
-    x = x.float() - x.float().mean(0)
-    distance = torch.cdist(x, x).square()
-    own = torch.eye(n, dtype=torch.bool, device=x.device)
-    low, high = torch.full((n, 1), 1e-12, device=x.device), torch.full((n, 1), 1e12, device=x.device)
-    for _ in range(60):  # the width at which each point's neighbours have the wanted perplexity, by bisection
-        beta = (low * high).sqrt()
-        p = (-distance * beta).masked_fill(own, -torch.inf).softmax(1)
-        entropy = torch.special.entr(p).sum(1, keepdim=True)
-        flat = entropy > math.log(perplexity)
-        low, high = torch.where(flat, beta, low), torch.where(flat, high, beta)
-    p = ((p + p.T) / (2 * n)).clamp(min=1e-12)
-    y = torch.randn(n, 2, generator=torch.Generator().manual_seed(seed)).to(x.device) * 1e-2
-    speed, gain, rate = torch.zeros_like(y), torch.ones_like(y), max(50.0, n / 12)
-    for step in range(steps):
-        near = 1 / (1 + torch.cdist(y, y).square())
-        near = near.masked_fill(own, 0)
-        q = near / near.sum()
-        pull = (p * (12 if step < steps // 4 else 1) - q) * near  # neighbours are first pulled together more than they are
-        gradient = 4 * (pull.sum(1, keepdim=True) * y - pull @ y)
-        gain = torch.where(gradient.sign() == speed.sign(), gain * 0.8, gain + 0.2).clamp(min=0.01)
-        speed = (0.5 if step < steps // 4 else 0.8) * speed - rate * gain * gradient
-        y = y + speed
-        y = y - y.mean(0)
-    return y
-
-
-def palette(count):
-    """Colours [count, 3] in 0..1, far apart: equal steps in hue, in turn light and dark."""
-    hue = torch.arange(count) / max(1, count)
-    colours = (((hue[:, None] * 6 + torch.tensor([0.0, 4.0, 2.0])) % 6 - 3).abs() - 1).clamp(0, 1)
-    return colours * (0.95 - 0.35 * (torch.arange(count) % 2))[:, None]
-
-
-def scatter(points, labels, side=480, radius=3):
-    """points [n, 2], labels [n] -> an image [1, 3, side, side], a disc per point on white."""
-    points = points.cpu() - points.cpu().amin(0)
-    at = (points / points.amax() * (side - 4 * radius) + 2 * radius).long()  # [n, 2]
-    span = torch.arange(-radius, radius + 1)
-    disc = torch.cartesian_prod(span, span)
-    disc = disc[disc.square().sum(1) <= radius**2]
-    spots = (at[:, None] + disc).clamp(0, side - 1)  # [n, discs, 2]
-    image = torch.ones(side, side, 3)
-    colours = palette(int(labels.max()) + 1)[labels.cpu()][:, None].expand(-1, len(disc), -1)
-    image[spots[..., 1].flatten(), spots[..., 0].flatten()] = colours.flatten(0, 1)
-    return image.permute(2, 0, 1)[None]
-
-
-def given_image(path, cfg):
-    """A file as the model wants it, the middle of it: uint8 [C, H, W]."""
-    try:
-        image = read_image(path, cfg.in_chans)
-    except READ_ERRORS as error:
-        raise BadInput(f"--images {path}: cannot be read ({' '.join(str(error).split())[:100]})") from error
-    return resize(cut(image, cfg.in_chans, centre_box(*image.shape[1:], pair(cfg.img_size), 1.0)), pair(cfg.img_size))
+def write_file(path, content):
+    """Write a temporary file, then rename it: what stands at `path` is always complete."""
+    part = path.with_name(path.name + ".part")
+    with writing(path):
+        part.write_bytes(content)
+        os.replace(part, path)
 
 
 @torch.no_grad()
-def draw_pictures(model, method, encode, mcfg, run, val_set, cfg, folder, given):
-    """PNG files beside the checkpoint -> their names."""
+def draw_pictures(model, cfg, trained, run, data, folder):
+    """PNG files in `folder`, of --images or of the first 8 images of `data`."""
+    size, given = pair(trained.img_size), []
+    for name in cfg.images:
+        with reading(f"--images {name}"):
+            box_of = functools.partial(centre_box, size=size, margin=1.0)
+            given.append(read_crop(name, trained.in_chans, size, box_of))
     if given:
-        show = normalise(torch.stack(given).float().to(run.device), mcfg)
+        images = normalise(torch.stack(given).float().to(run.device), trained)
     else:
-        show = next(eval_batches(mcfg, run, val_set, torch.arange(min(8, len(val_set)))))[0]
-    shown, size, names = denormalise(show, mcfg), show.shape[2:], []
-
-    def save(name, columns):
-        save_picture(folder / name, columns)
-        names.append(name)
-    grid = patch_grid(size, model.patch_size)
-    save("eval_pca.png", [shown, pca_colours(encode(show)[1], grid, size)])
-    if hasattr(model, "reconstruct") and tuple(grid) == tuple(model.grid):
-        mask = random_mask(draw((len(show), model.num_patches), run.device, "picture", cfg.seed),
-                           model.num_patches - model.num_visible)
-        save("eval_reconstruction.png", [shown, *[denormalise(c, mcfg) for c in model.reconstruct(show, mask)]])
-    if hasattr(model, "attention") and tuple(grid) == tuple(model.grid):
-        columns = importlib.import_module(method).attention_columns(model, show, grid[0] // 2 * grid[1] + grid[1] // 2)
-        save("eval_attention.png", [shown, *columns])
-    tokens = encode(show[:1])[1][0].float()  # one image's patches, coloured by clusters (k-means)
-    centres = tokens[evenly(len(tokens), 6)]
-    for _ in range(20):
-        nearest = torch.cdist(tokens, centres).argmin(1)
-        centres = torch.stack([tokens[nearest == k].mean(0) if (nearest == k).any() else centres[k] for k in range(len(centres))])
-    if len(tokens) >= 16:
-        where = F.interpolate(palette(len(centres))[nearest.cpu()].T.view(1, 3, *grid), (480, 480), mode="nearest")
-        save("eval_tsne_patches.png", [F.interpolate(shown[:1, :3].cpu(), (480, 480)), where, scatter(tsne(tokens), nearest)])
-    if val_set is not None:
-        ids = evenly(len(val_set), 1500)
-        (pooled, labels) = features_of(encode, mcfg, run, val_set, ids, lambda pooled, patches: pooled.float())
-        for name, y in labels.items():
-            save(f"eval_tsne_{name}.png", [scatter(tsne(pooled), y)])
-    return names
+        images, _ = next(eval_batches(trained, run, data, torch.arange(min(8, len(data)))))
+    _, patches = encoder_of(model, cfg)(images)
+    check_finite(patches)
+    grid, names = patch_grid(size, model.patch_size), ["eval_pca.png"]
+    colours = pca_colours(patches, grid, size)
+    save_picture(folder / names[0], {"input": denormalise(images, trained), "features": colours})
+    if grid == tuple(model.grid):  # a decoder knows the places of its own grid only
+        names += save_pictures(model, images, trained, folder, prefix="eval_")
+    run.say(f"drawn: {' '.join(names)}")
 
 
-def export_encoder(model, method):
-    """-> (the encoder under the names of timm's VisionTransformer, names of what was left out)."""
-    if method == "capi":
-        raise BadInput("--export: CAPI's encoder (rotary positions, registers, RMSNorm, no biases) is no timm ViT")
-    if method == "semantic_mim" and model.num_proxy != 1:
-        raise BadInput(f"--export: an encoder with {model.num_proxy} proxies in the place of CLS is no timm ViT; with 1 it is")
-    state = {name: t.detach().cpu().clone() for name, t in model.state_dict().items()}
-    prefix = "encoder." if method in ("latent_mim", "pilamim") else ""
-    kept = {"cls_token", "pos_embed", "patch_embed", "blocks", "norm"}
-    taken = {name for name in state if name.startswith(prefix) and name[len(prefix):].split(".")[0] in kept}
-    out = {name[len(prefix):]: state[name] for name in sorted(taken)}
-    if method == "pilamim":  # no position for CLS there, and no bias on q, k and v
-        out["pos_embed"] = F.pad(out["pos_embed"], (0, 0, 1, 0))
-    for name in [n for n in out if n.endswith("qkv.weight")]:
-        bias, zero = name.replace("weight", "bias"), torch.zeros(len(out[name]) // 3)
-        q, v = (out.pop(name.replace("qkv.weight", f"{letter}_bias"), zero) for letter in "qv")
-        out.setdefault(bias, torch.cat([q, zero, v]))
-    return out, sorted(state.keys() - taken)
+def timm_state(model):
+    """-> the encoder under the names of timm's ViT, and the call that makes the ViT it fits."""
+    encoder, p = model.get_submodule(model.encoder_name), model.patch_size
+    parts = ("cls_token", "pos_embed", "patch_embed", "blocks", "norm")
+    state = {name: t.cpu() for name, t in encoder.state_dict().items()
+             if name.split(".")[0] in parts}
+    if (not {"cls_token", "pos_embed", "blocks.0.norm1.bias"} <= state.keys()
+            or state["cls_token"].shape[1] != 1):
+        raise BadInput("--export: no timm ViT, which has one CLS token, positions and LayerNorm")
+    dim, in_chans, _, _ = state["patch_embed.proj.weight"].shape
+    if state["pos_embed"].shape[1] == math.prod(model.grid):  # no position for CLS
+        state["pos_embed"] = F.pad(state["pos_embed"], (0, 0, 1, 0))
+    for i in range(len(encoder.blocks)):  # no bias, or none for k
+        name, zero = f"blocks.{i}.attn.", torch.zeros(dim)
+        q, v = state.pop(name + "q_bias", zero), state.pop(name + "v_bias", zero)
+        state.setdefault(name + "qkv.bias", torch.cat([q, zero, v]))
+    block, img_size = encoder.blocks[0], tuple(n * p for n in model.grid)
+    layer_scale = ", init_values=0.1" if "blocks.0.ls1.gamma" in state else ""
+    return state, (
+        f"timm.models.vision_transformer.VisionTransformer(img_size={img_size}, patch_size={p}, "
+        f"in_chans={in_chans}, embed_dim={dim}, depth={len(encoder.blocks)}, num_classes=0, "
+        f"num_heads={block.attn.heads}, norm_layer=functools.partial(torch.nn.LayerNorm, "
+        f"eps={block.norm1.eps}){layer_scale})")
 
 
-def timms_vit(state, model, method):
-    """The call that makes the ViT of timm's which such a state fits strictly."""
-    blocks, (dim, chans, p, _) = model.get_submodule(METHODS[method][1]), state["patch_embed.proj.weight"].shape
-    return (f"timm.models.vision_transformer.VisionTransformer(img_size={tuple(n * p for n in model.grid)}, patch_size={p}, "
-            f"in_chans={chans}, embed_dim={dim}, depth={len(blocks)}, num_heads={blocks[0].attn.heads}, num_classes=0, "
-            f"norm_layer=functools.partial(torch.nn.LayerNorm, eps={blocks[0].norm1.eps})"
-            f"{', init_values=0.1' * ('blocks.0.ls1.gamma' in state)})")
+def safetensors(state):
+    """The file format: the length of the header in 8 bytes, the header in JSON, the numbers."""
+    header, numbers, end = {}, [], 0
+    for name, t in state.items():
+        numbers.append(t.numpy().astype("<f4").tobytes())
+        start, end = end, end + len(numbers[-1])
+        header[name] = {"dtype": "F32", "shape": list(t.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    return b"".join([len(text).to_bytes(8, "little"), text, *numbers])
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# All of it
-# ---------------------------------------------------------------------------------------------------------------
-
-def subset(data, ids):
-    """Some images of a set that is held in memory, or of a folder."""
-    if isinstance(data, Pixels):
-        maps = data.maps if data.maps is None else data.maps[ids]
-        return Pixels(data.images[ids], {name: y[ids] for name, y in data.labels.items()}, maps)
-    some = copy.copy(data)
-    some.paths, some.labels = data.paths[ids.numpy()], data.labels[ids]
-    return some
+def export(model, cfg):
+    path, buffer = Path(cfg.export), io.BytesIO()
+    if path.exists() and path.samefile(cfg.checkpoint):
+        raise BadInput(f"--export {path}: this is the checkpoint itself")
+    state, call = timm_state(model)
+    torch.save(state, buffer)
+    content = safetensors(state) if path.suffix == ".safetensors" else buffer.getvalue()
+    write_file(path, content)
+    print(f"{path}: {len(state)} tensors for\n{call}")
+    return 0
 
 
-def hold_out(data):
-    """A training set -> nine tenths to train the probes on, and every tenth image to score them on.
-    (An encoder that was trained on this set has seen the images of both parts, without labels.)"""
-    kept, held = split_tenth(data)
-    if not len(held):
-        raise BadInput(f"--held-out: none of the {len(data)} images can be held out: it takes ten "
-                       "images, and others of the same class")
-    return subset(data, kept), subset(data, held)
+# -- the program
+
+def choose_probes(cfg, test_set, run):
+    """Refuse, before any time is spent, what the data or the device do not allow."""
+    labels, maps = getattr(test_set, "labels", {}), getattr(test_set, "maps", None)
+    if cfg.picture and not cfg.probe and not labels:
+        run.say("--data has no labelled test images: pictures only")
+        return ()
+    probes = cfg.probe or ("knn", "linear")
+    for probe in probes:
+        if probe.startswith("seg-") and maps is None:
+            raise BadInput(f"--probe {probe} needs labels of pixels: --data shapes, or --masks")
+        if not probe.startswith("seg-") and not labels:
+            raise BadInput(f"--probe {probe} needs labels; --data has none, or too few images")
+    if "finetune" in probes and run.amp is torch.float16:
+        raise BadInput("--amp fp16: finetune does not scale its loss; use bf16 or off")
+    return probes
 
 
-def run_probe(probe, encode, model, method, mcfg, run, sets, cfg):
-    """One probe of one encoder -> scores, choices."""
-    train_set, val_set = sets
-    most = cfg.limit or (10**9 if probe in ("knn", "linear") else 1024 if probe.startswith("seg") else 4096)
-    if probe == "finetune":
-        return finetune(model, method, mcfg, run, train_set, val_set, cfg)
-    threads = torch.get_num_threads()
-    take = (lambda pooled, patches: pooled.float()) if probe in ("knn", "linear") else lambda pooled, patches: patches.half()
-    (train, train_labels), (test, test_labels) = (
-        features_of(encode, mcfg, run, data, evenly(len(data), most), take) for data in sets)
-    torch.set_num_threads(threads)  # which reading a folder has lowered
-    if not run.main:
-        return {}, {}
-    if probe in ("seg-knn", "seg-linear"):
-        maps = [data.maps[evenly(len(data), most)] for data in sets]
-        return probe_pixels(probe, train, maps[0], test, maps[1], model.patch_size, cfg)
-    return probe_images(probe, train, train_labels, test, test_labels, cfg)
+def extract(encode, kind, data, trained, run):
+    """The features of a set: pooled, float32 [n, F], or patches, fp16 [n, N, D]; kept on rank 0."""
+    def take(pooled, patches):
+        return pooled.float() if kind == "pooled" else patches.half()
+    features, _ = features_of(encode, trained, run, data, torch.arange(len(data)), take)
+    check_finite(features)
+    return features.cpu() if run.main else None
 
 
 def evaluate(cfg):
     check_ranges(cfg)
-    unknown = [p for p in cfg.probe if p not in PROBES]
-    if unknown:
-        raise BadInput(f"--probe {unknown[0]}: not one of {' '.join(PROBES)}")
-    if len(cfg.masks) > 2:
-        raise BadInput("--masks takes one folder, or two: of the training and of the test images")
-    method, trained, model, untrained = load_model(cfg.checkpoint, cfg.method)
+    method, trained, model, untrained = load_model(cfg)
     if cfg.export:
-        state, left = export_encoder(model, method)
-        with writing(f"--export {cfg.export}"):
-            torch.save(state, cfg.export)
-        print(f"{cfg.export}: {len(state)} tensors, {sum(t.numel() for t in state.values()) / 1e6:.2f} M numbers; left out:")
-        for part in sorted({name.split(".")[0] for name in left}):
-            print(f"  {part}: {sum(name.split('.')[0] == part for name in left)} tensors")
-        print(f"it loads into {timms_vit(state, model, method)}")
-        return 0
-    world = int(os.environ.get("WORLD_SIZE", 1))  # a batch that it divides; nothing else is made of it
-    mcfg, run = start(dataclasses.replace(
-        trained, data=cfg.data or trained.data, img_size=cfg.img_size or trained.img_size,
-        data_root=cfg.data_root or trained.data_root, workers=cfg.workers, device=cfg.device, amp=cfg.amp, batch_size=world,
-        accum=1, compile="off"), minutes=600)  # the others wait while the first process fits the heads
-    for number in (signal.SIGINT, signal.SIGTERM):  # nothing here has to be finished first
-        signal.signal(number, signal.SIG_DFL)
-    model, untrained = model.to(run.device), untrained.to(run.device)
-    encode, encode_untrained = (encoder_of(m, method, cfg.pool, cfg.layer) for m in (model, untrained))
-    given = [given_image(path, mcfg) for path in cfg.images]  # read now, so that a typo is found before an hour of probing
-    if cfg.masks or mcfg.data in MASKED:
-        sets = masked_sets(mcfg, cfg.masks, run)
-    else:
-        sets = load_data(mcfg, run)
-    if (cfg.held_out or "finetune" in cfg.probe) and not hasattr(sets[0], "labels"):
-        raise BadInput("--held-out and --probe finetune: only for a folder, or for a set that is held in memory")
-    if "finetune" in cfg.probe and run.amp is torch.float16:
-        raise BadInput("--amp fp16: --probe finetune does not scale its loss; take bf16 or off")
-    test_set = "its own"
-    no_val = sets[1] is None and sets[0].labelled and len(split_tenth(sets[0])[1]) > 0
-    if cfg.held_out or no_val:
-        test_set = "every tenth training image; the probes are fitted on the other images"
-        sets = hold_out(sets[0])
-    labelled = sets[1] is not None and sets[1].labelled
-    if cfg.picture and not labelled and not cfg.masks and cfg.probe == Config.probe:
-        run.say("--data has no labelled test images: no probes, pictures only")
-        cfg = dataclasses.replace(cfg, probe=())
-    for probe in cfg.probe:
-        if probe.startswith("seg") and not (isinstance(sets[1], Pixels) and sets[1].maps is not None):
-            raise BadInput(f"--probe {probe} needs a label per pixel: --data shapes, {' '.join(MASKED)}, or a folder with "
-                           "--masks")
-        if not probe.startswith("seg") and not labelled:
-            raise BadInput(f"--probe {probe} needs labels: --data has no class folders (or no "
-                           "val/ and too few images to score on every tenth)")
+        return export(model, cfg)
+    world = os.environ.get("WORLD_SIZE", "1")  # `start` wants a batch that the processes divide
+    trained, run = start(replace(
+        trained, data=cfg.data or trained.data, data_root=cfg.data_root or trained.data_root,
+        img_size=cfg.img_size or trained.img_size, workers=cfg.workers, device=cfg.device,
+        amp=cfg.amp, batch_size=int(world) if world.isdecimal() else 1, accum=1, compile="off"))
+    path = Path(cfg.checkpoint).resolve()
+    path = path.with_name(f"{path.stem}.eval.json")
+    train_set, test_set, which = load_sets(cfg, trained, run)
+    probes = choose_probes(cfg, test_set, run)
+    models = {"trained": model.to(run.device), "untrained": untrained.to(run.device)}
+    alone = replace(run, rank=0, world=1, local_world=1)
+    if cfg.picture and run.main:
+        draw_pictures(model, cfg, trained, alone, test_set or train_set, path.parent)
 
-    path = Path(cfg.checkpoint).resolve().parent / f"{Path(cfg.checkpoint).stem}.eval.json"
-    if path.is_dir() or not os.access(path.parent, os.W_OK):  # found now, not after an hour of probing
-        raise BadInput(f"{path}: cannot be written")
-    rows = {"trained": (encode, model), "untrained": (encode_untrained, untrained), "raw pixels": (raw_pixels, None)}
-    rows = {row: ways for row, ways in rows.items() if row.split()[0] in cfg.rows}
-    table, choices = {row: {} for row in rows}, {row: {} for row in rows}
-    for probe in cfg.probe:
-        for row, (way, which) in rows.items():
-            if row == "raw pixels" and probe in ("attentive", "finetune"):
-                continue  # there is nothing to tune, and a query over raw patches would take as long as the encoder's
-            if row == "raw pixels" and probe.startswith("seg"):
-                way = lambda images: (None, patchify(images, model.patch_size))
-            scores, chosen = run_probe(probe, way, which or model, method, mcfg, run, sets, cfg)
-            table[row] |= {f"{probe} {name}": round(score, 2) for name, score in scores.items()}
-            choices[row][probe] = chosen
-            run.say(f"{row:12}" + "  ".join(f"{probe} {name} {score:.1f}" for name, score in scores.items()))
-            if row == "trained" and chosen:
-                run.say(f"  {probe} chose " + json.dumps(chosen))
-    names = draw_pictures(model, method, encode, mcfg, dataclasses.replace(run, world=1), sets[1] or sets[0], cfg, path.parent,
-                          given) if run.main and cfg.picture else []
-    if run.main and cfg.probe:
-        protocol = {"checkpoint": Path(cfg.checkpoint).name, "method": method, "encode": " ".join(model.encode.__doc__.split()),
-                    "pool": cfg.pool, "layer": cfg.layer, "data": mcfg.data, "train": len(sets[0]), "test": len(sets[1]),
-                    "test_set": test_set,
-                    "img_size": pair(mcfg.img_size), "crop": f"centre, {sets[1].margin} of the shorter side", "seed": cfg.seed,
-                    "limit": cfg.limit or "none; attentive 4096, seg- 1024", "knn": "cosine, features as they are, k 1 and 20, "
-                    "votes exp(cosine / 0.07)", "heads": f"on standardised features, {cfg.epochs} epochs, rates {RATES}, "
-                    f"decays {DECAYS}",
-                    "amp": str(run.amp), "torch": torch.__version__, "masks": cfg.masks, "ignore": cfg.ignore}
-        report = {"protocol": protocol, "scores": table, "chosen": choices}
-        with contextlib.suppress(OSError, ValueError):  # what earlier calls found stays, the last one first
-            last = json.loads(path.read_text())
-            report["before"] = [last, *last.pop("before", [])]
-        with writing(path):
-            path.write_text(json.dumps(report, indent=1))
-        for key, value in protocol.items():
-            print(f"  {key}: {value}")
-    if run.main:
-        print(f"written: {' '.join([path.name] * bool(cfg.probe) + names)}")
+    encoders = {row: encoder_of(models[row], cfg) for row in cfg.rows if row != "raw"}
+    if "raw" in cfg.rows:
+        encoders["raw"] = lambda x: (raw_pixels(x)[0], patchify(x, model.patch_size))
+    jobs = [(probe, row) for probe in probes for row in encoders
+            if row != "raw" or probe not in ("attentive", "finetune")]
+
+    @functools.cache
+    def sets(most):
+        return [subset(data, evenly(torch.arange(len(data)), cfg.limit or most or len(data)))
+                for data in (train_set, test_set)]
+
+    @functools.cache
+    def features(row, kind, most):
+        return [extract(encoders[row], kind, data, trained, run) for data in sets(most)]
+
+    # All processes extract all features. Then the first fits the probes, and the others leave: to
+    # wait for it they would need a long time-out.
+    for probe, row in jobs:
+        if probe != "finetune":
+            features(row, *PROBES[probe])
+    if run.world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+    if not run.main or not jobs:
+        return 0
+
+    scores, chosen = {row: {} for row in encoders}, {row: {} for row in encoders}
+    for probe, row in jobs:
+        kind, most = PROBES[probe]
+        if probe == "finetune":
+            found, how = finetune(models[row], *sets(most), cfg, trained, alone)
+        else:
+            train, test = [x.to(run.device) for x in features(row, kind, most)]
+            if kind == "pooled" or probe == "attentive":
+                found, how = probe_images(probe, train, test, *sets(most), cfg)
+            else:
+                found, how = probe_pixels(probe, train, test, *sets(most), model.patch_size, cfg)
+        chosen[row][probe] = how
+        scores[row] |= {f"{probe} {name}": round(score, 2) for name, score in found.items()}
+        line = [f"{probe} {name} {score:.1f}" for name, score in found.items()]
+        run.say(f"{row:10}" + "  ".join(line))
+    protocol = asdict(cfg) | {
+        "method": method, "encode": " ".join((model.encode.__doc__ or "").split()),
+        "data": trained.data, "img_size": trained.img_size, "train": len(train_set),
+        "test": len(test_set), "test_set": which, "amp": str(run.amp), "torch": torch.__version__,
+        "crop": f"centre, {test_set.margin} of the shorter side",
+        "knn": "cosine, features as they are, votes exp(cosine / 0.07)",
+        "heads": f"on standardised features, AdamW, betas 0.9 0.99, lr {RATES}, decay {DECAYS}"}
+    report = {"protocol": protocol, "scores": scores, "chosen": chosen}
+    with contextlib.suppress(Exception):  # the file may be damaged
+        last = json.loads(path.read_text())
+        report["before"] = [last, *last.pop("before", [])]
+    write_file(path, json.dumps(report, indent=1).encode())
+    run.say(f"written: {path}")
     return 0
 
 

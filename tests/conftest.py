@@ -1,4 +1,4 @@
-"""What the test files share: paths, a toy size at which a run is two steps, and how to start the program."""
+"""What the test files share: a toy size at which a run takes a fraction of a second, and how to run things."""
 
 import contextlib
 import dataclasses
@@ -11,7 +11,6 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import re
-import signal
 import subprocess
 import sys
 import warnings
@@ -19,7 +18,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parents[1]
-FIXTURES, DATA = ROOT.parent / "shared" / "fixtures", ROOT.parent / "shared" / "data"
+SHARED_FIXTURES = ROOT.parent / "shared" / "fixtures"  # more of the authors' numbers, if they are there
 sys.path.insert(0, str(ROOT))
 
 import pytest
@@ -33,13 +32,16 @@ torch.set_num_threads(1)  # at this size threads cost more than they bring
 
 TOY = (32, 2, 2)  # width, depth, heads of an encoder that only tests have
 DECODER = "--decoder-dim 16 --decoder-heads 2 --decoder-depth 1"
-METHODS = {  # the five, each with the flags that make it small
-    "mae": DECODER, "latent_mim": DECODER + " --proj-dim 32", "semantic_mim": "", "pilamim": DECODER,
+METHODS = {  # the one place where tests and benchmark register a method: its name, and flags that make it small
+    "mae": DECODER,
+    "latent_mim": DECODER + " --proj-dim 32",
+    "semantic_mim": "",
+    "pilamim": DECODER,
     "capi": "--predictor-depth 1 --registers 4 --clusters 16",
 }
 MODULES = {name: importlib.import_module(name) for name in METHODS}
-PICTURES = {"mae": ["reconstruction.png"], "latent_mim": ["features.png"], "capi": ["features.png"],
-            "semantic_mim": ["attention.png", "features.png"], "pilamim": ["features.png", "reconstruction.png"]}
+TEACHERS = [name for name, module in MODULES.items() if hasattr(module.Model, "update_teacher")]
+each_method = pytest.mark.parametrize("method", METHODS)
 
 
 def tiny_flags(method):
@@ -47,11 +49,8 @@ def tiny_flags(method):
             "--device cpu " + METHODS[method]).split()
 
 
-TINY = tiny_flags("mae")
-
-
 def tiny(out, method="mae", flags="", **changes):
-    """The tiny flags as a Config, with the toy encoder: `train` of it takes a fraction of a second."""
+    """The tiny flags as a Config, with the toy encoder."""
     small = dict(model="toy", log_every=1, eval_every=0, save_every=100, out=str(out))
     cfg = common.parse_args(MODULES[method].Config, argv=[*tiny_flags(method), *flags.split()])
     return dataclasses.replace(cfg, **small | changes)
@@ -62,12 +61,12 @@ def trained(cfg, method="mae"):
     return common.read_checkpoint(f"{cfg.out}/last.pt")
 
 
-TWENTY = dict(data="shapes:80", epochs=8, warmup_epochs=2)  # 32 a step: an epoch is 2.5 steps
+TWENTY = dict(data="shapes:80", epochs=8, warmup_epochs=2)  # 20 steps: with 32 images a step, an epoch is 2.5
 
 
 @pytest.fixture(scope="session")
 def unbroken(tmp_path_factory):
-    """(method, flags) -> a run of 20 steps: its Config, folder, checkpoint and what it printed. Made once for all."""
+    """(method, flags) -> a run of 20 steps: its Config, folder, checkpoint and output. Made once for all tests."""
     @functools.cache
     def run(method, flags=""):
         cfg = tiny(tmp_path_factory.mktemp(method), method, flags, eval_every=1, **TWENTY)
@@ -77,13 +76,18 @@ def unbroken(tmp_path_factory):
     return run
 
 
-def filled(cfg):
-    """A Config with the open values filled in as `start` does it, for the pieces that want one."""
-    return dataclasses.replace(cfg, mean=(0.5,) * cfg.in_chans, std=(0.25,) * cfg.in_chans)
+def started(method="mae", **changes):
+    """(Config with its open values filled in, Run) as `train` gets them from `start`."""
+    return common.start(tiny("nowhere", method, **changes))
 
 
-def one_process(**changes):
-    return common.Run(torch.device("cpu"), None, False, **changes)
+def built(method, flags=""):
+    """The toy model of a method, in evaluation mode."""
+    cfg = tiny("nowhere", method, flags)
+    if hasattr(MODULES[method], "with_recipe"):
+        cfg = MODULES[method].with_recipe(cfg)
+    torch.manual_seed(0)
+    return MODULES[method].build(common.start(cfg)[0]).eval()
 
 
 def records(out):
@@ -142,8 +146,6 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "long: takes minutes; runs with --long")
-    # common.py says so itself, but pytest has filters of its own for each test
-    config.addinivalue_line("filterwarnings", "ignore:The given NumPy array is not writable")
 
 
 def pytest_collection_modifyitems(config, items):
@@ -154,17 +156,13 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(autouse=True)
 def restored(monkeypatch):
-    """`train` installs signal handlers and seeds torch: undone after each test. Adds the toy encoder."""
+    """Add the toy encoder; give every test the same random numbers."""
     monkeypatch.setitem(common.MODELS, "toy", TOY)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    state, precision = torch.get_rng_state(), torch.get_float32_matmul_precision()
+    state = torch.get_rng_state()
     torch.manual_seed(0)
-    tqdm._instances.clear()  # bars that an earlier test's traceback keeps: collected while one is written, they upset that
+    tqdm._instances.clear()  # a traceback of an earlier test may keep a bar
     yield
     torch.set_rng_state(state)
-    torch.set_float32_matmul_precision(precision)
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
 
 
 # -- the tests are shared among processes: nearly all of them use one core ------------------------------------------
@@ -244,4 +242,3 @@ def run_shares(config, shares, taken, tell):
     capture.suspend_global_capture()
     for item, following in itertools.pairwise(itertools.chain(items(), [None])):
         config.hook.pytest_runtest_protocol(item=item, nextitem=following)
-    common.end_workers()

@@ -21,13 +21,13 @@ import common
 from conftest import MODULES, records
 
 FIXTURES = Path(__file__).parent / "fixtures"
-RUNS = {  # recorded run: module, model class
-    "mae": ("mae", "MAE"),
-    "latent_mim": ("latent_mim", "LatentMIM"),
-    "semantic_mim_hog": ("semantic_mim", "SemanticMIM"),
-    "semantic_mim_dvae": ("semantic_mim", "SemanticMIM"),
-    "pilamim": ("pilamim", "PiLaMIM"),
-    "capi": ("capi", "CAPI"),
+RUNS = {  # recorded run: the module whose `train` repeats it
+    "mae": MODULES["mae"],
+    "latent_mim": MODULES["latent_mim"],
+    "semantic_mim_hog": MODULES["semantic_mim"],
+    "semantic_mim_dvae": MODULES["semantic_mim"],
+    "pilamim": MODULES["pilamim"],
+    "capi": MODULES["capi"],
 }
 TEACHERS = {  # these teachers start as a copy of the student: its prefix, then the teacher's
     "latent_mim": ("encoder.", "target_encoder."),
@@ -43,11 +43,6 @@ def load(name):
     return torch.load(FIXTURES / f"{name}.pt", weights_only=True)
 
 
-def model_class(name):
-    module, cls = RUNS[name]
-    return getattr(MODULES[module], cls)
-
-
 def initial_weights(name, recorded):
     """The weights before the first step, under the authors' names, teacher included."""
     weights = dict(recorded["initial"])
@@ -60,7 +55,7 @@ def initial_weights(name, recorded):
 
 
 def initial_model(name, recorded):
-    return model_class(name).from_released(initial_weights(name, recorded), **recorded["config"])
+    return RUNS[name].Model.from_released(initial_weights(name, recorded), **recorded["config"])
 
 
 def pool_images(recorded):
@@ -73,10 +68,10 @@ def pool_images(recorded):
 def flags_of(name, recorded, out, **changes):
     """The Config of the recorded run. The data set `shapes:16` is as large as the pool, so that an
     epoch has as many steps. Its pictures are only used by the k-NN test."""
-    Config = MODULES[RUNS[name][0]].Config
+    Config = RUNS[name].Config
     config, recipe = recorded["config"], recorded["recipe"]
     keys = [key for key in RECIPE_FLAGS if key in recipe]
-    if RUNS[name][0] != "semantic_mim":  # which has these values, and last_lr, in its own table
+    if "semantic" not in name:  # which has these values, and last_lr, in its own table
         keys += ["betas", "clip_grad"]
     flags = config | {key: recipe[key] for key in keys}
     flags |= dict(img_size=(config["img_size"],), jitter=0.0)
@@ -139,7 +134,7 @@ class RecordedTokenizer:
 def play(name, monkeypatch, out, **changes):
     """Run `train` on the recorded inputs. `changes` are flags that differ from the recorded run.
     Returns the recording, and what our run computed."""
-    module, recorded = MODULES[RUNS[name][0]], load(name)
+    module, recorded = RUNS[name], load(name)
     own_build, own_draw, config = module.build, module.draw, recorded["config"]
     run = SimpleNamespace(step=-1, loss=[], parts=[], rates={}, momentum=[])
 
@@ -160,7 +155,7 @@ def play(name, monkeypatch, out, **changes):
         if purpose not in ("mask", "offsets"):
             return own_draw(shape, device, purpose, *place)
         step = place[-1] - 1  # `train` counts from 1
-        if purpose == "offsets":  # `random_offsets` multiplies by the gap and rounds down
+        if purpose == "offsets":  # `draw_offsets` multiplies by the gap and rounds down
             noise = (recorded["offsets"][step] + 0.5) / config["gap"]
         elif name == "capi":
             noise = capi_noise(recorded, step, run.model)
@@ -215,7 +210,7 @@ def under_their_names(name, recorded, state):
     for key, size in sizes.items():
         weights[key] = torch.arange(float(count), count + size).view_as(weights[key])
         count += size
-    numbered = model_class(name).from_released(weights, **recorded["config"])
+    numbered = RUNS[name].Model.from_released(weights, **recorded["config"])
     theirs = torch.full([count], torch.nan)
     for key, numbers in numbered.named_parameters():
         theirs[numbers.detach().flatten().long()] = state[key].flatten()
@@ -304,7 +299,7 @@ def test_a_wrong_constant_is_noticed(name, flags, monkeypatch, tmp_path):
 
 
 def test_weight_decay_of_biases_is_noticed(monkeypatch, tmp_path):
-    def one_group(model, weight_decay):
+    def one_group(model, weight_decay, no_decay):
         return [{"params": model.parameters(), "weight_decay": weight_decay}]
     monkeypatch.setattr(MODULES["mae"], "param_groups", one_group)
     check_notices("mae", monkeypatch, tmp_path)
