@@ -65,7 +65,7 @@ class Config:
     model: str = flag("", "its size; default: the paper's", choices=MODELS)
     patch_size: int | None = flag(None, "its patch size; default: the paper's", 1)
     img_size: tuple[int, ...] = flag((), "one or two sides; default: as trained", 1, 10**5)
-    probe: tuple[str, ...] = flag((), "default: knn linear", choices=PROBES)
+    probe: tuple[str, ...] = flag((), " ".join(PROBES) + "; default: knn linear", choices=PROBES)
     rows: tuple[str, ...] = flag(ROWS, "what to score; raw: pixels", choices=ROWS)
     pool: str = flag("own", "image feature: the method's own; CLS, or the mean of registers or "
                      "proxies; mean of patches; both", choices=("own", "cls", "mean", "both"))
@@ -482,6 +482,7 @@ def safetensors(state):
         start, end = end, end + len(numbers[-1])
         header[name] = {"dtype": "F32", "shape": list(t.shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # the numbers start at a multiple of 8 bytes
     return b"".join([len(text).to_bytes(8, "little"), text, *numbers])
 
 

@@ -472,6 +472,8 @@ def train(cfg):
     tokenizer = None
     if cfg.target == "dvae":
         tokenizer = Tokenizer.from_file(cfg.tokenizer, run.device)
+        if cfg.vocab not in (None, tokenizer.vocab):
+            raise BadInput(f"--vocab {cfg.vocab}: the file of --tokenizer has {tokenizer.vocab}")
         cfg = dataclasses.replace(cfg, vocab=tokenizer.vocab)
     model = build(cfg).to(run.device)
     train_set, val_set = load_data(cfg, run)

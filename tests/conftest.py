@@ -1,4 +1,5 @@
-"""What the test files share: a toy size at which a run takes a fraction of a second, and how to run things."""
+"""What the test files share: a toy size at which a run takes a fraction of a second, and how to run
+things."""
 
 import contextlib
 import dataclasses
@@ -18,7 +19,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parents[1]
-SHARED_FIXTURES = ROOT.parent / "shared" / "fixtures"  # more of the authors' numbers, if they are there
+SHARED_FIXTURES = ROOT.parent / "shared" / "fixtures"  # more numbers, if they are there
 sys.path.insert(0, str(ROOT))
 
 import pytest
@@ -32,7 +33,7 @@ torch.set_num_threads(1)  # at this size threads cost more than they bring
 
 TOY = (32, 2, 2)  # width, depth, heads of an encoder that only tests have
 DECODER = "--decoder-dim 16 --decoder-heads 2 --decoder-depth 1"
-METHODS = {  # the one place where tests and benchmark register a method: its name, and flags that make it small
+METHODS = {  # the one place to register a method: its name, and flags that make it small
     "mae": DECODER,
     "latent_mim": DECODER + " --proj-dim 32",
     "semantic_mim": "",
@@ -45,8 +46,8 @@ each_method = pytest.mark.parametrize("method", METHODS)
 
 
 def tiny_flags(method):
-    return ("--data shapes:64 --batch-size 32 --epochs 1 --patch-size 8 --workers 0 --amp off --compile off "
-            "--device cpu " + METHODS[method]).split()
+    return ("--data shapes:64 --batch-size 32 --epochs 1 --patch-size 8 --workers 0 --amp off "
+            "--compile off --device cpu " + METHODS[method]).split()
 
 
 def tiny(out, method="mae", flags="", **changes):
@@ -61,12 +62,12 @@ def trained(cfg, method="mae"):
     return common.read_checkpoint(f"{cfg.out}/last.pt")
 
 
-TWENTY = dict(data="shapes:80", epochs=8, warmup_epochs=2)  # 20 steps: with 32 images a step, an epoch is 2.5
+TWENTY = dict(data="shapes:80", epochs=8, warmup_epochs=2)  # 20 steps of 32 images, 2.5 an epoch
 
 
 @pytest.fixture(scope="session")
 def unbroken(tmp_path_factory):
-    """(method, flags) -> a run of 20 steps: its Config, folder, checkpoint and output. Made once for all tests."""
+    """(method, flags) -> a run of 20 steps, made once: Config, folder, checkpoint, output."""
     @functools.cache
     def run(method, flags=""):
         cfg = tiny(tmp_path_factory.mktemp(method), method, flags, eval_every=1, **TWENTY)
@@ -101,7 +102,8 @@ def losses(out):
 def noise_image(seed, chans=3, height=40, width=36):
     """A smooth uint8 picture [C, H, W], each seed another."""
     coarse = torch.rand(1, chans, 5, 5, generator=torch.Generator().manual_seed(seed))
-    return (torch.nn.functional.interpolate(coarse, (height, width), mode="bilinear")[0] * 255).byte()
+    smooth = torch.nn.functional.interpolate(coarse, (height, width), mode="bilinear")[0]
+    return (smooth * 255).byte()
 
 
 def write_images(folder, count, first=0):
@@ -139,9 +141,11 @@ def run_program(args, cwd=ROOT, env=None, nproc=1, program="mae.py", timeout=240
 
 
 def pytest_addoption(parser):
-    parser.addoption("--long", action="store_true", help="the long form of the tests that do damage: half an hour")
-    parser.addoption("--processes", type=int, default=0, help="that share the tests; by default one a core and at most 8, "
-                     "one alone for fewer than 50 tests; always one with -s, --pdb, -x, or a GPU")
+    parser.addoption("--long", action="store_true",
+                     help="the long form of the tests that do damage: half an hour")
+    parser.addoption("--processes", type=int, default=0,
+                     help="how many share the tests. By default one a core, at most 8; one for "
+                     "fewer than 50 tests. Always one with -s, --pdb, -x, or a GPU")
 
 
 def pytest_configure(config):
@@ -165,25 +169,31 @@ def restored(monkeypatch):
     torch.set_rng_state(state)
 
 
-# -- the tests are shared among processes: nearly all of them use one core ------------------------------------------
+# -- the tests are shared among processes: nearly all of them use one core
 
 def how_many(session):
     option = session.config.option
-    if (session.testsfailed or option.collectonly or option.usepdb or option.maxfail or getattr(option, "stepwise", False)
-            or option.capture == "no" or sys.platform != "linux" or torch.cuda.device_count()):  # a fork cannot use a GPU
+    if session.testsfailed or option.collectonly or option.usepdb or option.maxfail:
         return 1
-    return option.processes or (min(8, len(os.sched_getaffinity(0))) if len(session.items) >= 50 else 1)
+    if getattr(option, "stepwise", False) or option.capture == "no":
+        return 1
+    if sys.platform != "linux" or torch.cuda.device_count():  # a fork cannot use a GPU
+        return 1
+    cores = len(os.sched_getaffinity(0))
+    return option.processes or (min(8, cores) if len(session.items) >= 50 else 1)
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtestloop(session):
-    """Forks, once everything is imported. A function and all its parameters are one share: whoever is free takes the next."""
+    """Forks, once everything is imported. A function and all its parameters are one share. A
+    process that is free takes the next."""
     count = how_many(session)
     if count == 1:
         return None  # pytest's own loop
-    session.config._tmp_path_factory.getbasetemp()  # made before the fork: one folder for all, which pytest clears away
+    session.config._tmp_path_factory.getbasetemp()  # before the fork: one folder for all
     fork, config, children = multiprocessing.get_context("fork"), session.config, {}
-    shares = [list(items) for _, items in itertools.groupby(session.items, lambda item: item.nodeid.split("[")[0])]
+    by_function = itertools.groupby(session.items, lambda item: item.nodeid.split("[")[0])
+    shares = [list(items) for _, items in by_function]
     taken = fork.Value("i", 0)
     for _ in range(count):
         told, tell = fork.Pipe(duplex=False)
@@ -208,7 +218,8 @@ def pytest_runtestloop(session):
                 report = config.hook.pytest_report_from_serializable(config=config, data=data)
                 config.hook.pytest_runtest_logreport(report=report)
                 if report.when == "teardown":
-                    config.hook.pytest_runtest_logfinish(nodeid=report.nodeid, location=report.location)
+                    where = dict(nodeid=report.nodeid, location=report.location)
+                    config.hook.pytest_runtest_logfinish(**where)
     finally:
         for child in children.values():
             child.kill()  # a run in it would finish its step first
@@ -216,15 +227,18 @@ def pytest_runtestloop(session):
 
 
 def run_shares(config, shares, taken, tell):
-    """What a child does; its reports go to the parent, its captured output into files of its own."""
+    """What a child does. Its reports go to the parent, its captured output into its own files."""
     class Teller:
         def pytest_runtest_logreport(self, report):
-            tell(("report", config.hook.pytest_report_to_serializable(config=config, report=report)))
+            data = config.hook.pytest_report_to_serializable(config=config, report=report)
+            tell(("report", data))
 
         def pytest_warning_recorded(self, warning_message, when, nodeid, location):
-            plain = UserWarning(f"{warning_message.category.__name__}: {warning_message.message}")  # as it is it may not travel
-            warning_message = warnings.WarningMessage(plain, UserWarning, warning_message.filename, warning_message.lineno)
-            tell(("warning", dict(warning_message=warning_message, when=when, nodeid=nodeid, location=location)))
+            old = warning_message  # as it is it may not travel
+            plain = UserWarning(f"{old.category.__name__}: {old.message}")
+            plain = warnings.WarningMessage(plain, UserWarning, old.filename, old.lineno)
+            tell(("warning", dict(warning_message=plain, when=when, nodeid=nodeid,
+                                  location=location)))
 
     def items():
         while True:

@@ -833,7 +833,8 @@ def share_of_workers(workers, count, path):
     common.Reader = AllNames
     crops = ((torch.tensor([i // workers]), None) for i in range(200 * workers))
     batches = common.read_batches(cfg, run, data, crops, (8, 8))
-    next(batches)  # by now each has read at most a tenth of the names
+    for _ in range(workers):  # each has read an image, and at most a tenth of the names
+        next(batches)
     children = multiprocessing.active_children()
     before = alone()
     for _ in range(100 * workers):

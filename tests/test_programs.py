@@ -314,6 +314,7 @@ WRONG = [  # program, flags, what the line on stderr says
     ("latent_mim", "--visible-share 0.99", "--visible-share.*16 of 16"),
     ("semantic_mim", "--target dvae", "--target dvae needs --tokenizer"),
     ("semantic_mim", "--target dvae --tokenizer FILES/weights.pt", "--tokenizer is not"),
+    ("semantic_mim", f"--target dvae --vocab 5 --tokenizer {TOKENIZER}", "--vocab 5.* has 16"),
     ("semantic_mim", "--jitter 0.4 --in-chans 1", "--in-chans 1.*--jitter"),
     ("pilamim", "--pixel-weight 0 --latent-weight 0 --cls-weight 0", "--pixel-weight.*all 0"),
     ("capi", "--registers 3", "--registers 3.*multiple of 4"),
@@ -475,7 +476,8 @@ SMALL = "--settings fp32 --model nano --img-size 32 --patch-size 8 --batch-size 
 
 
 @pytest.mark.parametrize("flags, rows", [
-    (f"--methods mae capi {SMALL}", ["mae", "capi"]), ("--peers toy --settings fp32", ["ours, fp32"]),
+    (f"--methods mae capi {SMALL}", ["mae", "capi"]),
+    ("--peers toy --settings fp32", ["ours, fp32"]),
     ("--images IMAGES", ["common.py"]), ("--cost --methods mae", ["mae"])])
 def test_benchmark_prints_numbers(programs, tmp_path, flags, rows):
     argv = flags.replace("IMAGES", str(write_images(tmp_path, 4))).split()
