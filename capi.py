@@ -2,19 +2,21 @@
 (Darcet et al., arXiv 2502.08769).
 
 A teacher, the slow moving average of the student, sees the whole image. Its patch features are
-sorted into clusters, and for every hidden patch the student has to say which cluster the teacher's
-feature is in. The clusters are learned online. Left alone they would all become one, so the sorting
-is forced to be balanced (Sinkhorn-Knopp).
+assigned to clusters, and for every masked patch the student has to say which cluster the teacher's
+feature is in. The clusters are learned online. Left alone, all clusters would collapse into one, so
+the assignments are balanced (Sinkhorn-Knopp).
 
   images [B, C, H, W]
-    1. one visible block of patches, everything around it hidden               inverse_block
+    1. one block of 35 % of the patches stays visible, the rest is masked      inverse_block
     2. teacher: all patches -> features [B, N, D] -> cluster logits [B, N, K]  teacher, cluster_head
     3. logits -> balanced assignments [B, N, K]                                sinkhorn
-    4. clustering loss: softmax(logits / 0.12) against 3., trains the clusters only
+    4. clustering loss: cross-entropy of logits / 0.12 with 3; trains only the clusters
     5. student: registers + visible patches -> context [B, R + V, D]           student
-    6. a mask token for each predicted place looks at the context -> [B, Q, D] student.predict
-    7. CAPI loss: softmax(student's logits / 0.12) against 3., trains the student only
-  What is evaluated is the teacher (`encode`).
+    6. a mask token per predicted place attends to the context -> [B, Q, D]    student.predict
+    7. CAPI loss: cross-entropy of the student's logits / 0.12 with 3; trains only the student
+  Positions are rotary, from (row, column) in 0..1, in every attention. Evaluation uses the teacher
+  (`encode`): an image's feature is the mean output of its first predictor block.
+  Letters: B images, N patches of P = p * p * C numbers, V visible, Q predicted, R registers.
 
   python capi.py                                                 the demo
   python capi.py --data DIR --img-size 96 --out runs/mine-capi   any folder of images
@@ -23,29 +25,31 @@ is forced to be balanced (Sinkhorn-Knopp).
       --batch-size 16384 --epochs 6394 --warmup-epochs 639 --base-lr 1.5625e-5 \
       --predictor-depth 12 --registers 16 --clusters 16384 --predict-share 0.05 \
       --weight-decay 0.1 --ema 0.999 --drop-path 0.2 --init xavier --clip-grad 0 --save-every 50
-  The last is the paper's ViT-L/14: 500,000 steps, as epochs of ImageNet-1k; not run at that scale.
-  It saves seldom: a save has 7.7 GB. For a smaller budget: --epochs 500 --warmup-epochs 50, and
-  --predict-share 0.2 after the author's later advice that 5 % was too low.
+  The last command is the paper's ViT-L/14 (500,000 steps as epochs of ImageNet-1k), which we have
+  not run. It saves rarely, because a checkpoint takes 7.7 GB. For a smaller budget: --epochs 500
+  --warmup-epochs 50, and --predict-share 0.2 after the author's later advice that 5 % was too low.
 
 Why position by position: patches in the middle of photographs differ from those at the rim.
 Clusters that are balanced over all positions together could tell positions apart, not content. The
-price: each position has B samples for its K clusters, so B should be about K (the paper: 16384 of
-both, over all ranks). `--accum` makes this batch smaller.
+cost: each position has B samples for its K clusters, so B should be about K (16384 each in the
+paper, over all ranks). `--accum A` divides this B by A.
 
 Two temperatures: 0.06 makes the assignments, 0.12 the predictions. The sharper target pulls the
-predictions towards deciding. With one, an undecided, balanced answer would be its own target.
+predictions towards deciding. With one temperature a uniform prediction would be its own target.
 
 Differs from the authors' program:
-- All hidden patches are predicted unless --predict-share says otherwise; the paper's share is 0.05.
+- All masked patches are predicted unless --predict-share says otherwise; the paper's share is 0.05.
   At least one is predicted; theirs predicts none on a 4 x 4 grid.
 - Residuals, rotary angles and Sinkhorn-Knopp are float32; theirs are bf16 like everything else.
-  Ours is closer to float32 results by a factor of two.
-- The first Sinkhorn turn is in logarithms, so that no row underflows (5e-6 of the loss).
+  Our error against a float32 run is half of theirs.
+- The first Sinkhorn iteration is in log space, so that no row underflows; the loss changes by 5e-6
+  of itself.
 - The rows of the student head are divided by their length without the 1e-8 that theirs adds.
-- The demo starts with small weights (`--init small`); theirs are Xavier uniform (`--init xavier`).
+- The demo initialises weights with deviation 0.02 (`--init small`); theirs are Xavier uniform
+  (`--init xavier`).
 - The student's gradient is clipped to norm 1; `--clip-grad 0` disables this, as in the paper.
 - A run has epochs; theirs counts steps.
-24 recorded steps of their program agree: tests/test_trajectories.py.
+tests/test_trajectories.py repeats 24 recorded steps of their program: losses agree within 1e-5.
 """
 
 import copy
@@ -64,47 +68,47 @@ from common import (BadInput, Checkpoint, Look, Meter, Mlp, PatchEmbed, Plan, Tr
                     spread, start, train_batches, update_ema, xavier_init)
 
 
-# --------------------------------------------------------------------------------------------------
-# Config: the method's own flags, and the defaults that it changes. They are the demo's.
-# --------------------------------------------------------------------------------------------------
+# ---- Config: own flags and changed defaults. The defaults are the demo's.
 
 @dataclass(frozen=True)
 class Config(TrainConfig):
-    mask_ratio: float = flag(0.65, "share of the patches that is masked", 0, 1)
-    predict_share: float = flag(1.0, "share of these that is predicted; the paper's is 0.05", 0, 1)
-    clusters: int = flag(0, "K; 0: the batch size, but at most 16384, the paper's", 0)
+    mask_ratio: float = flag(0.65, "share of the patches that are masked", 0, 1)
+    predict_share: float = flag(1.0, "share of the masked patches to predict; the paper's is 0.05",
+                                0, 1)
+    clusters: int = flag(0, "clusters K; 0: the batch size, but at most the paper's 16384", 0)
     registers: int = flag(4, "register tokens, a multiple of 4; the paper's is 16", 0)
     predictor_depth: int = flag(2, "blocks of the predictor; the paper's is 12", 1)
-    drop_path: float = flag(0.0, "share of the images left out of each branch; the paper's is 0.2",
-                            0, 0.9)
-    init: str = flag("small", "first weights: xavier, the authors', or small (trunc-normal 0.02), "
+    drop_path: float = flag(0.0, "share of the images that skip a branch; the paper's is 0.2", 0,
+                            0.9)
+    init: str = flag("small", "initialisation: xavier, the authors'; or small (trunc-normal 0.02), "
                      "which learns more in the demo: at width 96 Xavier's are 3 to 5 times larger",
                      choices=["xavier", "small"])
     ema: float = flag(0.97, "momentum of the teacher after the warm-up; the paper's is 0.999", 0, 1)
-    cluster_lr: float = flag(0.5, "learning rate of the clusters over the student's", 0, 1e6)
+    cluster_lr: float = flag(0.5, "the clusters' learning rate as a multiple of the student's", 0,
+                             1e6)
     recompute: bool = flag(False, "recompute the encoder's activations: less memory, more time")
     crop_scale: tuple[float, ...] = (0.6, 1.0)
     patch_size: int | None = 8
     epochs: int = 14
     base_lr: float = 3e-3  # the paper's is 1.5625e-5: 1e-3 at batch 16384, for ViT-L
     out: str = "runs/capi"
+    # As in common.py: 1 epoch of warm-up, weight decay 0.05, betas 0.9, 0.95.
 
 
-# --------------------------------------------------------------------------------------------------
-# What the paper adds: the mask, coordinates, balanced assignments, their loss
-# --------------------------------------------------------------------------------------------------
+# ---- What the paper adds: the mask, coordinates, balanced assignments, their loss
 
 def inverse_block(noise, grid, num_visible):
     """noise [B, 3], uniform -> is_masked [B, N]. One block of the grid stays visible, everything
     else is masked; then the mask is rolled around both axes by a random shift."""
     rows, columns = grid
     # The block's aspect ratio (height / width) is log-uniform in [1/2, 2], as far as it fits.
-    thinnest, tallest = num_visible / columns**2, rows**2 / (num_visible + 1e-5)
-    low = math.log(min(max(1 / 2, thinnest), tallest))
-    high = math.log(max(min(2, tallest), thinnest))
+    flattest = num_visible / columns**2
+    tallest = rows**2 / (num_visible + 1e-5)
+    low = math.log(min(max(1 / 2, flattest), tallest))
+    high = math.log(max(min(2, tallest), flattest))
     aspect = torch.exp(low + (high - low) * noise[:, 0])  # [B]
-    # Both sides are rounded up, independently. The clamps, in integers, keep the block inside the
-    # grid and at least num_visible places large, whatever the rounding of the square roots.
+    # Both sides are rounded up, independently. The integer clamps keep the block inside the grid
+    # and at least num_visible places large, however the square roots are rounded.
     height = (num_visible * aspect).sqrt().ceil().long()
     height = height.clamp(math.ceil(num_visible / columns), rows)
     width = (num_visible / aspect).sqrt().ceil().long()
@@ -119,7 +123,8 @@ def inverse_block(noise, grid, num_visible):
 
 def random_places(noise, is_masked, count):
     """noise [B, N], uniform -> ids [B, count] of masked patches, at random, ascending."""
-    return noise.masked_fill(~is_masked, 2).argsort(1)[:, :count].sort(1).values
+    noise = noise.masked_fill(~is_masked, 2)  # visible patches come last
+    return noise.argsort(1)[:, :count].sort(1).values
 
 
 def patch_coordinates(grid, device):
@@ -129,7 +134,7 @@ def patch_coordinates(grid, device):
 
 
 def register_coordinates(count, device):
-    """On the border of the unit square, side after side [R, 2]."""
+    """(row, column) of the registers along the border of the unit square [R, 2]."""
     c = torch.arange(count // 4, device=device) / max(1, count // 4)
     zero, one = torch.zeros_like(c), torch.ones_like(c)
     sides = [(c, zero), (one, c), (1 - c, one), (zero, 1 - c)]
@@ -137,8 +142,9 @@ def register_coordinates(count, device):
 
 
 def rotary_table(head_dim):
-    """Frequencies [2, d]: d/4 of them fall geometrically from 7 to 7e-4 turns. The first half of
-    the channels turns with the row, the second with the column, and each half has them twice."""
+    """Angular frequencies [2, d] for row and column: d/4 values fall geometrically from 7 to 7e-4
+    periods per image. The first half of the channels uses the row, the second the column; each half
+    repeats the values twice."""
     n = head_dim // 4
     frequencies = 2 * math.pi * 7 * 1e-4 ** (torch.arange(n, dtype=torch.float64) / max(1, n - 1))
     twice = frequencies.repeat(2)
@@ -148,7 +154,7 @@ def rotary_table(head_dim):
 
 def rotation(coordinates, table):
     """[B or 1, T, 2] -> cosine and sine [B or 1, 1, T, d] of each channel's angle; the sine is
-    negative in the first half. Autocast would round a matrix product to bf16."""
+    negative in the first half. A matrix product would be rounded to bf16 by autocast."""
     angle = (coordinates[..., :1] * table[0] + coordinates[..., 1:] * table[1])[:, None]
     low, high = angle.sin().chunk(2, -1)
     return angle.cos(), torch.cat([-low, high], -1)
@@ -156,14 +162,14 @@ def rotation(coordinates, table):
 
 def rotate(x, rope):
     """x cos + rotate_half(x) sin over the whole head: x [..., B, heads, T, d]. A channel's partner
-    is half a head away, so one turns with the row and the other with the column. The authors
-    chose so; it is no rotation."""
+    is half a head away, so one turns with the row and the other with the column. This is not a
+    true rotation; it is what the authors' program does."""
     cos, sin = (t.to(x.dtype) for t in rope)
     a, b = x.chunk(2, -1)
     return torch.addcmul(x * cos, torch.cat([b, a], -1), sin)
 
 
-def over_ranks(x, op):
+def all_reduce(x, op):  # in place
     if dist.is_initialized():
         dist.all_reduce(x, op)
     return x
@@ -171,27 +177,26 @@ def over_ranks(x, op):
 
 @torch.no_grad()
 def sinkhorn(logits, temperature=0.06, iterations=3, eps=1e-8):
-    """Balanced assignments [B, N, K], separately at each position. In turn every cluster gets the
-    same share of the batch of ALL ranks, and every sample is shared out wholly."""
+    """Balanced assignments [B, N, K], separately at each position. Alternately normalise over the
+    samples of ALL ranks, so that clusters are used equally, and over the clusters."""
     x = logits.float() / temperature
-    top = over_ranks(x.amax(0), dist.ReduceOp.MAX)  # [N, K]
-    # The first turn is in logarithms: a sample far from every cluster would underflow to zero.
-    x = x - top - over_ranks((x - top).exp().sum(0), dist.ReduceOp.SUM).log()
+    top = all_reduce(x.amax(0), dist.ReduceOp.MAX)  # [N, K]
+    # The first iteration is in log space: a sample far from every cluster would underflow to zero.
+    x = x - top - all_reduce((x - top).exp().sum(0), dist.ReduceOp.SUM).log()
     x = x.softmax(-1)
     for _ in range(iterations - 1):
-        x /= over_ranks(x.sum(0), dist.ReduceOp.SUM) + eps
+        x /= all_reduce(x.sum(0), dist.ReduceOp.SUM) + eps
         x /= x.sum(-1, keepdim=True) + eps
     return x
 
 
 def cross_entropy(logits, assignments, temperature=0.12):
-    """Soft labels, mean over samples: [..., K] twice -> scalar, in float32."""
+    """logits, assignments [..., K] -> scalar, the mean over samples, in float32."""
     return -(assignments * (logits.float() / temperature).log_softmax(-1)).sum(-1).mean()
 
 
-# --------------------------------------------------------------------------------------------------
-# Model. Blocks have RMSNorm (eps 1e-5, with gain) and no biases; the final RMSNorm has no gain.
-# --------------------------------------------------------------------------------------------------
+# ---- Model. The blocks' RMSNorms (eps 1e-5) have a gain, the final one has none. Blocks have no
+# biases.
 
 class RotaryAttention(nn.Module):
     def __init__(self, dim, heads):
@@ -204,12 +209,12 @@ class RotaryAttention(nn.Module):
         self.v_proj = nn.Linear(dim, dim, bias=False)
         self.proj = nn.Linear(dim, dim, bias=False)
 
-    def project(self, x, *layers):  # one product is faster -> [layers, B, heads, T, d]
+    def project(self, x, *layers):  # -> [layers, B, heads, T, d]; one product is faster
         x = F.linear(x, torch.cat([layer.weight for layer in layers]))
         return x.unflatten(-1, (len(layers), self.heads, -1)).permute(2, 0, 3, 1, 4)
 
     def forward(self, x, rope, context=None, context_rope=None):
-        """x [B, Q, D] looks at itself, or at a context [B, T, D] -> [B, Q, D]."""
+        """Self-attention of x [B, Q, D], or cross-attention to a context [B, T, D]."""
         if context is None:
             qkv = self.project(x, self.q_proj, self.k_proj, self.v_proj)
             q, k = rotate(qkv[:2], rope)
@@ -222,8 +227,8 @@ class RotaryAttention(nn.Module):
 
 
 class RotaryBlock(nn.Module):
-    """With a context it is a block of the predictor: queries look at the context, never at each
-    other. Drop path leaves images out of a branch, which saves their compute."""
+    """With a context it is a block of the predictor: queries attend to the context, never to each
+    other. Drop path skips a branch for some images, which saves their compute."""
 
     def __init__(self, dim, heads, drop_path=0.0):
         super().__init__()
@@ -234,23 +239,21 @@ class RotaryBlock(nn.Module):
         self.drop_path = drop_path
 
     def forward(self, x, rope, context=None, context_rope=None):  # [B, T, D]
-        def look(x, some):
-            def pick(t):  # a table for all images alike has a first dimension of 1
-                return t if some is None or len(t) == 1 else t.index_select(0, some)
-            own = [pick(t) for t in rope]
-            if context is None:
-                return self.attn(self.norm1(x), own)
-            return self.attn(self.norm1(x), own, pick(context), [pick(t) for t in context_rope])
-        x = self.add_branch(x, look)
-        return self.add_branch(x, lambda x, some: self.mlp(self.norm2(x)))
+        def attention(x, cos, sin, context=None, *context_rope):
+            return self.attn(self.norm1(x), (cos, sin), context, context_rope)
+        inputs = rope if context is None else (*rope, context, *context_rope)
+        x = self.add_branch(x, attention, *inputs)
+        return self.add_branch(x, lambda x: self.mlp(self.norm2(x)))
 
-    def add_branch(self, x, branch):
+    def add_branch(self, x, branch, *inputs):
         if not self.training or self.drop_path == 0:
-            return x + branch(x, None)
+            return x + branch(x, *inputs)
         kept = max(1, int(len(x) * (1 - self.drop_path)))
-        some = torch.rand(len(x), device=x.device).argsort()[:kept]
-        out = branch(x.index_select(0, some), some)
-        return x.index_add(0, some, out.to(x.dtype), alpha=len(x) / kept)  # keeps the mean
+        ids = torch.rand(len(x), device=x.device).argsort()[:kept]
+        # An input with a first dimension of 1 is the same for all images.
+        inputs = [t if len(t) == 1 else t.index_select(0, ids) for t in inputs]
+        out = branch(x.index_select(0, ids), *inputs)
+        return x.index_add(0, ids, out.to(x.dtype), alpha=len(x) / kept)  # keeps the mean
 
 
 class Backbone(nn.Module):
@@ -277,8 +280,8 @@ class Backbone(nn.Module):
                 nn.init.trunc_normal_(p, std=0.02)
 
     def forward(self, patches, coordinates):
-        """[B, T, P], [B or 1, T, 2] -> context [B, R + T, D] after the final norm, and its
-        rotation. Registers stand on the border of the box of the patches that are seen."""
+        """patches [B, T, P], coordinates [B or 1, T, 2] -> context [B, R + T, D] after the final
+        norm, and its rotation. Registers lie on the border of the patches' bounding box."""
         low, high = coordinates.amin(1, keepdim=True), coordinates.amax(1, keepdim=True)
         border = low + (high - low) * register_coordinates(self.registers.shape[1], patches.device)
         rope = rotation(torch.cat([border, coordinates], 1), self.rotary)
@@ -291,7 +294,7 @@ class Backbone(nn.Module):
         return self.norm(x), rope
 
     def predict(self, coordinates, context, context_rope, depth=None):
-        """A mask token at each place [B or 1, Q, 2] looks at the context -> [B, Q, D] after the
+        """A mask token at each place [B or 1, Q, 2] attends to the context -> [B, Q, D] after the
         final norm."""
         rope = rotation(coordinates, self.rotary)
         x = self.mask_token.expand(len(context), coordinates.shape[1], -1)
@@ -301,7 +304,8 @@ class Backbone(nn.Module):
 
 
 class StudentHead(nn.Module):
-    """L2-normalise, then a Linear whose rows have a direction and a length, both trained."""
+    """L2-normalisation (eps 1e-12), then a weight-normalised Linear: directions and lengths of its
+    rows are trained."""
 
     def __init__(self, dim, clusters):
         super().__init__()
@@ -327,22 +331,25 @@ class ClusterHead(nn.Module):
 
 
 class CAPI(nn.Module):
-    encoder_name, pool = "teacher", "mean"  # for evaluate.py: the encoder, an inner layer's feature
-    CHUNK = 2**27  # cluster logits that exist at the same time: 0.5 GB in float32
+    encoder_name = "teacher"  # for evaluate.py: the submodule with the blocks
+    pool = "mean"  # the feature of an inner layer
+    CHUNK = 2**27  # most cluster logits in memory at once: 0.5 GB in float32
 
     def __init__(self, img_size=224, patch_size=14, in_chans=3, dim=1024, depth=24, heads=16,
                  decoder_depth=12, registers=16, clusters=16384, mask_ratio=0.65,
                  predict_share=0.05, drop_path=0.0, recompute=False, init="xavier"):
         super().__init__()
         self.grid = patch_grid(img_size, patch_size)
-        self.patch_size, self.clusters = patch_size, clusters  # p, K
+        self.patch_size = patch_size  # p
+        self.clusters = clusters  # K
         self.num_patches = self.grid[0] * self.grid[1]  # N
         num_masked = int(mask_ratio * self.num_patches)  # M, rounded down
         self.num_visible = self.num_patches - num_masked  # V
         self.num_predict = max(1, int(predict_share * num_masked))  # Q, rounded down
         if not 0 < num_masked < self.num_patches:
-            raise BadInput(f"--mask-ratio {mask_ratio} of {self.num_patches} patches: at least one "
-                           "must be visible and one masked")
+            raise BadInput(f"--mask-ratio {mask_ratio} leaves {self.num_visible} of "
+                           f"{self.num_patches} patches visible; at least one must be visible and "
+                           "one masked")
         self.student = Backbone(patch_size, in_chans, dim, depth, heads, decoder_depth, registers,
                                 init, drop_path, recompute)
         self.student_head = StudentHead(dim, clusters)
@@ -353,7 +360,7 @@ class CAPI(nn.Module):
         self.cluster_head = ClusterHead(dim, clusters)
 
     def draw_mask(self, noise):
-        """The mask rule: noise [B, 3 + N], uniform -> is_masked [B, N], is_predicted [B, N]."""
+        """noise [B, 3 + N], uniform -> is_masked [B, N], and is_predicted [B, N], some of them."""
         is_masked = inverse_block(noise[:, :3], self.grid, self.num_visible)
         ids = random_places(noise[:, 3:], is_masked, self.num_predict)
         return is_masked, torch.zeros_like(is_masked).scatter_(1, ids, True)
@@ -361,50 +368,52 @@ class CAPI(nn.Module):
     def forward(self, images, is_masked=None, is_predicted=None, num_visible=None,
                 num_predict=None):
         """images [B, C, H, W], normalised per channel by the data set's mean and standard
-        deviation; is_masked [B, N] and is_predicted [B, N], some of these, both drawn if None;
-        num_visible, num_predict: their counts in each row, if they are not the model's own -> loss,
-        logs. The teacher does not move: call `update_teacher`."""
+        deviation; is_masked [B, N], and is_predicted [B, N], a subset of it; both are drawn if
+        None; num_visible, num_predict: how many patches per image, by default the model's. Returns
+        loss, logs. Does not move the teacher: call `update_teacher`."""
         if is_masked is None:
             noise = torch.rand(len(images), 3 + self.num_patches, device=images.device)
             is_masked, is_predicted = self.draw_mask(noise)
         ids_visible, _ = split_ids(is_masked, num_visible or self.num_visible)
+        # The "visible" ones of this mask are those to predict.
         ids_predicted, _ = split_ids(~is_predicted, num_predict or self.num_predict)
         patches = patchify(images, self.patch_size)  # [B, N, P]
         places = patch_coordinates(self.grid, images.device)  # [1, N, 2]
 
         with torch.no_grad():
-            target = self.teacher(patches, places)[0][:, -self.num_patches:]  # [B, N, D]
-        assignments, clustering_loss, entropy, used = self.cluster(target)  # [B, N, K]
+            features, _ = self.teacher(patches, places)
+            features = features[:, -self.num_patches:]  # [B, N, D], without registers
+        assignments, clustering_loss, entropy, used = self.cluster(features)  # [B, N, K]
         context, rope = self.student(gather(patches, ids_visible), gather(places, ids_visible))
         pred = self.student.predict(gather(places, ids_predicted), context, rope)  # [B, Q, D]
         capi_loss = cross_entropy(self.student_head(pred), gather(assignments, ids_predicted))
         logs = {"capi_loss": capi_loss, "clustering_loss": clustering_loss,
                 "target_entropy": entropy, "clusters_used": used, "pred_std": spread(pred),
-                "target_std": spread(target)}
+                "target_std": spread(features)}
         return capi_loss + clustering_loss, logs
 
-    def cluster(self, target):
+    def cluster(self, features):
         """Teacher features [B, N, D] -> assignments [B, N, K], the clustering loss, the
-        assignments' mean entropy and the share of clusters that are someone's first choice.
-        Positions do not depend on each other: they come in chunks, whose logits are computed again
-        in the backward pass."""
+        assignments' mean entropy and the share of clusters that are the first choice of a patch.
+        Positions are independent. They are processed in chunks, whose logits are computed again in
+        the backward pass."""
         def loss_of(x, assignments):
             return cross_entropy(self.cluster_head(x), assignments) * x.shape[1]  # over positions
-        B, N, _ = target.shape
+        B, N, _ = features.shape
         size = max(1, self.CHUNK // (B * self.clusters))
         parts, loss, entropy = [], 0.0, 0.0
-        used = torch.zeros(self.clusters, device=target.device)
-        for x in target.split(size, 1):
+        used = torch.zeros(self.clusters, device=features.device)
+        for x in features.split(size, 1):
             logits = self.cluster_head(x)  # [B, n, K]
             part = sinkhorn(logits)
             entropy = entropy + torch.special.entr(part).sum() / (B * N)
             used.scatter_(0, part.argmax(-1).flatten(), 1)
             parts.append(part.to(logits.dtype))
-            del logits, part  # only the assignments stay
-            if size < N:
-                loss = loss + recomputed(loss_of, x, parts[-1], use_reentrant=False)
+            if size >= N:
+                loss = cross_entropy(logits, parts[0]) * N
             else:
-                loss = loss + loss_of(x, parts[-1])
+                del logits, part  # only the assignments stay
+                loss = loss + recomputed(loss_of, x, parts[-1], use_reentrant=False)
         return torch.cat(parts, 1), loss / N, entropy, used.mean()
 
     def update_teacher(self, momentum):
@@ -412,10 +421,10 @@ class CAPI(nn.Module):
         update_ema(self.teacher, self.student, momentum)
 
     def encode(self, images):
-        """images, normalised as for `forward`, of any size that the patches divide -> pooled [B,
-        D], patches [B, N, D]. The teacher sees all patches; patches are after the final norm.
-        pooled, the paper's feature: the FIRST predictor block with a mask token at every place,
-        each output normed, then the mean."""
+        """images, normalised as for `forward`, of any size divisible by the patch size -> pooled
+        [B, D], patches [B, N, D]. The teacher sees all patches; patches are after its final norm.
+        pooled, the paper's feature, is the mean of the normed outputs of the FIRST predictor block,
+        with a mask token at every place."""
         places = patch_coordinates(patch_grid(images.shape[2:], self.patch_size), images.device)
         context, rope = self.teacher(patchify(images, self.patch_size), places)
         pooled = self.teacher.predict(places, context, rope, depth=1).mean(1)
@@ -435,8 +444,8 @@ class CAPI(nn.Module):
 
     @classmethod
     def from_released(cls, state_dict, **sizes):
-        """A model with the weights of the authors' file: student and teacher, or the one backbone
-        that was released, which becomes both. `sizes` are the constructor's, by default the paper's
+        """A model with the authors' weights: student and teacher, or the one backbone that was
+        released, which becomes both. `sizes` go to the constructor, whose defaults are the paper's
         ViT-L/14."""
         model = cls(**sizes)
         state = {}
@@ -446,7 +455,7 @@ class CAPI(nn.Module):
                 name = "teacher." + name
             for theirs, ours in RENAMED:
                 name = name.replace(theirs, ours)
-            if name.endswith("rope.freqs"):  # a fixed table, perhaps in bf16: theirs counts
+            if name.endswith("rope.freqs"):  # a fixed table, perhaps in bf16: use theirs
                 own = model.teacher.rotary
                 if t.shape != own.shape or not torch.allclose(t.float(), own, rtol=5e-3):
                     raise BadInput(f"not a released CAPI of these sizes: {name} differs")
@@ -471,9 +480,7 @@ RENAMED = [  # from the authors' parameter names to ours
 ]
 
 
-# --------------------------------------------------------------------------------------------------
-# Training
-# --------------------------------------------------------------------------------------------------
+# ---- Training
 
 def build(cfg):
     return CAPI(**encoder_sizes(cfg), decoder_depth=cfg.predictor_depth, registers=cfg.registers,
@@ -483,8 +490,8 @@ def build(cfg):
 
 
 def student_groups(model, weight_decay):
-    """The patch projection learns at a fifth of the rate. Norm gains have a tenth of the weight
-    decay, biases none."""
+    """The patch projection has a fifth of the learning rate. Norm gains have a tenth of the weight
+    decay, biases none; registers, mask token and head have all of it."""
     groups = []
     for part in (model.student, model.student_head):
         for name, p in part.named_parameters():
@@ -496,8 +503,8 @@ def student_groups(model, weight_decay):
 
 
 def cut_cosine(step, total, warmup):
-    """The factor of learning rates and momentum. It rises from 0 to 1, which the last warm-up step
-    has, then follows a cosine towards 0, cut off at 80 % of its half-period, where it is 0.095."""
+    """The factor of learning rates and momentum; `step` counts from 0. It rises from 0 to 1 at the
+    last warm-up step, then follows a cosine that stops at 80 % of its half-period, at 0.095."""
     if step < warmup - 1:
         return step / (warmup - 1)
     done = max(0, step - warmup) / max(1, total - warmup)
@@ -505,7 +512,7 @@ def cut_cosine(step, total, warmup):
 
 
 def train(cfg):
-    cfg, run = start(cfg)  # checks the flags, joins the processes, chooses device and dtype
+    cfg, run = start(cfg, "capi")  # checks flags, joins processes, picks device and dtype
     torch.manual_seed(cfg.seed)
     model = build(cfg).to(run.device)
     train_set, val_set = load_data(cfg, run)
@@ -516,30 +523,30 @@ def train(cfg):
     groups = [{"params": list(model.cluster_head.parameters()), "scale": cfg.cluster_lr}]
     cluster_optimizer = torch.optim.AdamW(groups, betas=cfg.betas, weight_decay=0.01, fused=fused)
     scaler = torch.amp.GradScaler(run.device.type, enabled=run.amp is torch.float16)
-    checkpoint = Checkpoint(cfg, run, "capi", plan, model=model, optimizer=optimizer,
+    checkpoint = Checkpoint(cfg, run, plan, model=model, optimizer=optimizer,
                             cluster_optimizer=cluster_optimizer, scaler=scaler)
-    first = checkpoint.resume()  # the number of steps done, the same on every rank
-    ddp = run.wrap(model, plan.total)  # compiled, and in DDP for several processes
-    meter = Meter(cfg, run, "capi", first, plan.total, scaler)
-    look = Look(cfg, run, model, train_set, val_set)
-    if first == 0:
+    done = checkpoint.resume()  # steps, the same number on every rank
+    ddp = run.wrap(model, plan.total)  # compiles; adds DDP if there are several processes
+    meter = Meter(cfg, run, done, plan.total, scaler)
+    look = Look(cfg, run, model, train_set, val_set)  # k-NN, effective rank, pictures
+    if done == 0:
         meter.write_look(0, look(0))
 
-    stream = train_batches(cfg, run, train_set, first, plan.total)
-    for step in run.steps(first, plan.total):  # a signal lets the step finish
+    stream = train_batches(cfg, run, train_set, done, plan.total)
+    for step in run.steps(done, plan.total):  # on a signal, the step is finished and saved
         factor = cut_cosine(step - 1, plan.total, plan.warmup)
         lr = plan.peak_lr * factor
         momentum = 1 - (1 - cfg.ema) * factor  # from 1 to cfg.ema in the warm-up, then towards 1
         for group in [*optimizer.param_groups, *cluster_optimizer.param_groups]:
             group["lr"] = lr * group["scale"]
-        torch.manual_seed(seed_of("drop path", cfg.seed, step, run.rank))  # it resumes exactly
+        torch.manual_seed(seed_of("drop path", cfg.seed, step, run.rank))  # resumes exactly
+        # Noise for the global batch: masks do not depend on the number of processes.
+        shape = cfg.batch_size, 3 + model.num_patches
+        noise = draw(shape, run.device, "mask", cfg.seed, step)
 
         for micro in range(cfg.accum):
             with meter.waiting_for_data():
                 images = next(stream)  # [m, C, H, W]
-            # The noise is the global batch's: a mask does not depend on the number of processes.
-            noise = draw((cfg.batch_size, 3 + model.num_patches), run.device, "mask", cfg.seed,
-                         step)
             is_masked, is_predicted = model.draw_mask(noise[run.rows(micro)])
             ddp.require_backward_grad_sync = micro == cfg.accum - 1  # one all-reduce per step
             with run.autocast():
@@ -551,7 +558,7 @@ def train(cfg):
         scaler.unscale_(cluster_optimizer)
         student = [*model.student.parameters(), *model.student_head.parameters()]
         grad_norm = clip_gradients(student, cfg.clip_grad)
-        cluster_grad_norm = clip_gradients(model.cluster_head.parameters(), 0)
+        cluster_grad_norm = clip_gradients(model.cluster_head.parameters(), 0)  # only measured
         scaler.step(optimizer)
         scaler.step(cluster_optimizer)
         scaler.update()
@@ -561,19 +568,19 @@ def train(cfg):
         meter.step_done(grad_norm=grad_norm, cluster_grad_norm=cluster_grad_norm)
 
         if plan.reports_at(step) or run.asked_to_stop:
-            report = meter.report(step, lr=lr, momentum=momentum)  # the only wait for the device
+            report = meter.report(step, lr=lr, momentum=momentum)  # the only synchronisation
             if not report.finite:
-                return run.stop_not_finite(report)  # the last good checkpoint stays
+                return run.stop_not_finite(report)  # keeps the last good checkpoint
             if report["clusters_used"] * model.clusters < 1.5:
                 run.warn("collapse to one cluster", "all patches are assigned to the same cluster")
             if report["target_entropy"] > 0.99 * math.log(model.clusters):
                 run.warn("equal assignments", "every patch is assigned to all clusters alike")
             if plan.saves_at(step) or report.stop:
                 checkpoint.save(step)
-            if report.stop:
-                return run.stop_by_signal(step)
             if plan.evaluates_at(step):
                 meter.write_look(step, look(step))
+            if report.stop and step < plan.total:
+                return run.stop_by_signal(step)
     meter.close()
     return 0
 

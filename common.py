@@ -39,16 +39,14 @@ from tqdm import tqdm
 
 
 class BadInput(ValueError):
-    """Something that the user gave cannot work. `main` prints it as one line, exit status 2."""
+    """Invalid input. `main` prints it as one line and exits with status 2."""
 
 
 def one_line(error):
     return " ".join(str(error).split())[:300]
 
 
-# --------------------------------------------------------------------------------------------------
-# 1. ViT
-# --------------------------------------------------------------------------------------------------
+# ---- 1. ViT
 
 MODELS = {  # width D, depth, heads; nano is for a demo on two CPU cores
     "nano": (96, 4, 3), "tiny": (192, 12, 3), "small": (384, 12, 6),
@@ -59,7 +57,7 @@ MODELS = {  # width D, depth, heads; nano is for a demo on two CPU cores
 def attend(q, k, v):
     """Softmax attention. q [B, heads, Q, d], k and v [B, heads, T, d] -> [B, heads, Q, d]."""
     # On a CPU the backward pass of the fused kernel is slow, in bf16 by a factor of 5 to 8. Two
-    # plain products win in bf16 until Q x T leaves the caches, in float32 up to 50 tokens.
+    # plain products win up to 512 x 512 scores in bf16 and 50 x 50 in float32.
     most = 512 * 512 if q.dtype is torch.bfloat16 else 50 * 50
     if q.device.type == "cpu" and q.shape[2] * k.shape[2] <= most:
         return (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(-1) @ v
@@ -79,7 +77,8 @@ class Attention(nn.Module):
         return self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
 
     def forward(self, x, first_query=0):
-        """[B, T, D] -> [B, T - first_query, D]. Earlier tokens are keys and values only."""
+        """[B, T, D] -> [B, T - first_query, D]. Tokens before first_query are only keys and
+        values."""
         q, k, v = self.project(x)
         x = attend(q[:, :, first_query:], k, v)
         return self.proj(x.transpose(1, 2).flatten(2))
@@ -112,7 +111,7 @@ class Block(nn.Module):
 
 class PatchEmbed(nn.Module):
     """One linear map per patch. The weight has a convolution's shape, as in other checkpoints. A
-    matrix product takes a third of the convolution's time on a CPU and skips masked patches."""
+    matrix product takes a third of the convolution's time on a CPU and can skip masked patches."""
 
     def __init__(self, patch_size, in_chans, dim):
         super().__init__()
@@ -134,7 +133,7 @@ def xavier_init(model):
 
 
 def patchify(images, p):
-    """[B, C, H, W] -> [B, N, P]. Patches come row by row; in a patch the channel is fastest."""
+    """[B, C, H, W] -> [B, N, P]. Patches come row by row; in a patch the channel varies fastest."""
     x = images.unflatten(3, (-1, p)).unflatten(2, (-1, p))  # [B, C, gh, p, gw, p]
     return x.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
 
@@ -164,7 +163,7 @@ def sincos_2d(dim, rows, cols):
     first half encodes the column, the second the row, as [sin(x w), cos(x w)] with
     w_i = 10000^(-i / (dim / 4))."""
     if dim % 4:
-        raise BadInput(f"sin-cos positions need a width that 4 divides, not {dim}")
+        raise BadInput(f"sin-cos positions need a width divisible by 4, not {dim}")
     w = 10000 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
     row = rows.double()[:, None] * w  # [gh, dim / 4]
     col = cols.double()[:, None] * w
@@ -179,7 +178,7 @@ def bicubic(x, size):
 
 
 def resize_positions(pos, old_grid, new_grid):
-    """Position table [1, extra + N, D] for another grid; the extra rows in front (CLS) stay."""
+    """Resize a position table [1, extra + N, D]; the first `extra` rows (CLS) stay."""
     if tuple(old_grid) == tuple(new_grid):
         return pos
     extra = pos.shape[1] - old_grid[0] * old_grid[1]
@@ -189,8 +188,9 @@ def resize_positions(pos, old_grid, new_grid):
 
 
 def load_released(model, state, optional=()):
-    """Load weights that have our names. Unknown or missing tensors are an error, except that a part
-    whose prefix is in `optional` may be missing as a whole: it stays as initialised."""
+    """Load weights that have our names. Unknown or missing tensors are an error, but all tensors of
+    a prefix in `optional` may be missing together: they stay as initialised, and a message says
+    so."""
     for prefix in optional:
         if not any(name.startswith(prefix) for name in state):
             print(f"from_released: the file has no {prefix.rstrip('.')}; it stays as initialised")
@@ -211,9 +211,7 @@ def encoder_sizes(cfg):
                 depth=depth, heads=heads)
 
 
-# --------------------------------------------------------------------------------------------------
-# 2. Masking. A mask is bool [B, N], True = masked; each row has the same number of masked patches.
-# --------------------------------------------------------------------------------------------------
+# ---- 2. Masking. A mask is bool [B, N], True = masked; all rows have the same number of True.
 
 def random_mask(noise, num_masked):
     """noise [B, N], uniform -> is_masked [B, N] with num_masked True in each row."""
@@ -223,21 +221,12 @@ def random_mask(noise, num_masked):
 
 def split_ids(is_masked, num_visible):
     """is_masked [B, N] -> ids_visible [B, V], ids_masked [B, M], each in ascending order."""
-    check_counts(is_masked, num_visible)
+    if not torch.compiler.is_compiling() and is_masked.device.type != "mps":
+        # A row with fewer visible patches would show masked ones. This does not synchronise a GPU.
+        right = ((~is_masked).sum(1) == num_visible).all()
+        torch._assert_async(right, f"each row of the mask must have {num_visible} visible patches")
     ids = is_masked.byte().argsort(dim=1, stable=True)
     return ids[:, :num_visible], ids[:, num_visible:]
-
-
-def check_counts(is_masked, num_visible):
-    """A row with another number of visible patches would show hidden ones: refuse it."""
-    if torch.compiler.is_compiling() or is_masked.device.type not in ("cpu", "cuda"):
-        return
-    right = ((~is_masked).sum(1) == num_visible).all()
-    message = f"a row of the mask has not {num_visible} visible patches"
-    if is_masked.device.type == "cuda":
-        torch._assert_async(right, message)  # the GPU is not waited for
-    elif not right:
-        raise ValueError(message)
 
 
 def gather(x, ids):
@@ -246,14 +235,12 @@ def gather(x, ids):
 
 
 def unshuffle(x, ids):
-    """Tokens x [B, N, D] that belong at the places ids [B, N] -> in image order."""
+    """Sort tokens x [B, N, D] with the places ids [B, N] into image order."""
     return gather(x, ids.argsort(1))
 
 
-# --------------------------------------------------------------------------------------------------
-# 3. Data. Everything random is a function of the seed and of the place in the run: the step and the
-# row of the GLOBAL batch. So a run resumes exactly, whatever the number of processes.
-# --------------------------------------------------------------------------------------------------
+# ---- 3. Data. Crops and masks depend only on the seed, the step and the row of the GLOBAL batch,
+# not on the number of processes. So a run resumes exactly.
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -277,7 +264,7 @@ def draw(shape, device, *parts):
 
 # -- shapes: drawn pictures, so that nothing has to be downloaded
 
-SHAPES = torch.tensor([  # corners, inner radius, radius of the hole (-1: none), size, surface waves
+SHAPES = torch.tensor([  # corners, notch / tip radius, hole (-1: none), size, waves in u and v
     [32, math.cos(math.pi / 32), -1, 0.80, 0, 0],  # disc
     [3, 0.5, -1, 1.24, 2, 0],  # triangle
     [4, math.cos(math.pi / 4), -1, 1.00, 2, 2],  # square
@@ -287,30 +274,21 @@ SHAPES = torch.tensor([  # corners, inner radius, radius of the hole (-1: none),
 ])
 
 
-def hashed(seed, index, *shape):
-    """Uniform numbers [len(index), *shape], functions of (seed, index, place): splitmix64."""
-    with np.errstate(over="ignore"):
-        z = np.array(index, np.uint64)[:, None] * np.uint64(1 << 20)
-        z = z + np.arange(math.prod(shape), dtype=np.uint64) + np.uint64(seed)
-        z = z * np.uint64(0x9E3779B97F4A7C15)
-        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-            z = (z ^ (z >> np.uint64(shift))) * np.uint64(factor)
-        z = (z ^ (z >> np.uint64(31))) >> np.uint64(40)
-    return torch.from_numpy(z.astype(np.float32) / 2**24).view(len(index), *shape)
-
-
-def render_shapes(seed, index, img_size, in_chans=3):
-    """Pictures number `index` of a world: uint8 [n, C, H, W], labels {name: [n]}, and maps uint8
-    [n, H, W] with 0 for background and 1 + kind for an object. 3 to 10 objects stand on a floor
-    before a wall. Near objects are large, stand low and hide far ones. Labels: the kind of the
-    nearest object (6 classes), the number of objects (8), the distance of the nearest (6)."""
-    (height, width), K, n = pair(img_size), 10, len(index)
+def render_shapes(img_size, in_chans, *key):
+    """32 images that depend on the words and numbers of `key`: uint8 [n, C, H, W], labels
+    {name: [n]}, and maps uint8 [n, H, W] with 0 for background and 1 + kind for an object. 3 to 10
+    objects stand on a floor before a wall. Near objects are large, stand low and hide far ones.
+    Labels: the kind of the nearest object (6 classes), the number of objects (8), the distance of
+    the nearest (6)."""
+    height, width = pair(img_size)
     short = min(height, width)
+    n = 32  # so few images fit in the CPU's cache
+    K = 10  # objects at most
 
     def rand(name, *shape):
-        return hashed(seed_of("shapes", name, seed), index, *shape)
+        return draw((n, *shape), "cpu", "shapes", name, *key)
 
-    def pixels(t):
+    def pixels(t):  # adds the axes H and W
         return t[..., None, None]
 
     # Wall and floor: three plane waves mix two colours; the floor is darker.
@@ -383,7 +361,7 @@ class Pixels:
 
 @dataclasses.dataclass
 class Folder:
-    """A set of image files, which are read when they are needed."""
+    """A set of image files, which are read on demand."""
     paths: np.ndarray  # of bytes: one block of memory, which loader processes share
     labels: dict  # {"class": [n]}, or {}
     broken: dict = dataclasses.field(default_factory=dict)  # {id: path} of unreadable images
@@ -397,20 +375,18 @@ def load_data(cfg, run):
     """--data -> the training set, and the labelled set for evaluation or None."""
     if re.fullmatch("shapes(:[1-9][0-9]{0,7})?", cfg.data):
         count = int(cfg.data[7:] or 16384)
-        return draw_shapes(cfg, 0, count), draw_shapes(cfg, 2**40, max(1, count // 4))
+        return draw_shapes(cfg, "train", count), draw_shapes(cfg, "val", max(1, count // 4))
     if cfg.data in ("cifar10", "cifar100", "stl10", "imagenette"):
         return torchvision_sets(cfg, run)
     return folder_sets(cfg, run, cfg.data)
 
 
-def draw_shapes(cfg, first, count):
-    parts = []
-    for start in range(first, first + count, 32):  # 32 pictures stay in the cache
-        index = range(start, min(start + 32, first + count))
-        parts.append(render_shapes(cfg.seed, index, cfg.img_size, cfg.in_chans))
-    images, labels, maps = zip(*parts)
-    labels = {name: torch.cat([part[name] for part in labels]) for name in labels[0]}
-    return Pixels(torch.cat(images), labels, torch.cat(maps))
+def draw_shapes(cfg, split, count):
+    blocks = range(math.ceil(count / 32))
+    images, labels, maps = zip(*[
+        render_shapes(cfg.img_size, cfg.in_chans, split, cfg.seed, block) for block in blocks])
+    labels = {name: torch.cat([part[name] for part in labels])[:count] for name in labels[0]}
+    return Pixels(torch.cat(images)[:count], labels, torch.cat(maps)[:count])
 
 
 def torchvision_sets(cfg, run):
@@ -423,8 +399,9 @@ def torchvision_sets(cfg, run):
     else:
         make, splits = getattr(datasets, cfg.data.upper()), (True, False)
     try:
-        for split in splits if run.local_rank == 0 else ():
-            make(cfg.data_root, split, download=True)
+        if run.local_rank == 0:
+            for split in splits:
+                make(cfg.data_root, split, download=True)
         run.barrier()
         sets = [make(cfg.data_root, split) for split in splits]
     except (RuntimeError, OSError) as error:
@@ -444,7 +421,7 @@ def torchvision_sets(cfg, run):
 
 def folder_sets(cfg, run, root):
     """A folder of images, nested or flat. `train/` and `val/` are used if both exist; folders of
-    the first level are classes. All training images are trained on, with or without a `val/`."""
+    the first level are classes. Training uses all training images, also without a `val/`."""
     if not os.path.isdir(root):
         raise BadInput(f"--data {root}: no such folder; other sets are shapes, shapes:N, cifar10, "
                        "cifar100, stl10, imagenette")
@@ -462,19 +439,19 @@ def folder_sets(cfg, run, root):
         if set(classes) <= set(numbers):  # ImageNet's val/ unpacks without class folders
             labels = torch.tensor([numbers[name] for name in classes])
             return train_set, Folder(np.array(paths), {"class": labels})
-    run.say("data: no val/ with the same classes, so the k-NN test asks for every tenth training "
-            "image, with the others as its gallery; all are trained on")
+    run.say("data: no val/ with the same classes, so the k-NN test classifies every tenth training "
+            "image by the others; training uses all of them")
     return train_set, None
 
 
-MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # channels of image files; other numbers come in .npy files
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # channels of image files; other numbers need .npy files
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF")  # EPS would run Ghostscript
 
 
 def find_images(root, in_chans):
-    """All image files below root, sorted, without hidden files and folders of runs -> their paths,
-    and the first-level folder that each is in, or ""."""
+    """All image files below root, sorted, except hidden files and run folders -> their paths, and
+    the first-level folder of each, or ""."""
     def refuse(error):
         raise BadInput(f"--data: {error.filename} cannot be read ({error.strerror})")
     endings = ENDINGS if in_chans in MODES else (".npy",)
@@ -487,7 +464,7 @@ def find_images(root, in_chans):
             continue
         visited.add(real)
         folders[:] = [name for name in folders if not name.startswith(".")]
-        top = os.path.relpath(folder, root).split(os.sep)[0].lstrip(".")
+        top = os.path.relpath(folder, root).split(os.sep)[0].lstrip(".")  # "" for root itself
         for name in names:
             if name.lower().endswith(endings) and not name.startswith("."):
                 found.append((os.fsencode(os.path.join(folder, name)), top))
@@ -498,9 +475,9 @@ def find_images(root, in_chans):
 
 
 def read_crop(path, in_chans, size, box_of):
-    """Read an image file, cut out box_of(height, width) = (top, left, height, width), resize it ->
-    uint8 [C, *size]. On a file that is not an image, decoders may raise any exception."""
-    if not os.path.isfile(path):  # a named pipe would wait for ever
+    """Read an image file, crop it to box_of(height, width) = (top, left, height, width), resize it
+    -> uint8 [C, *size]. On a file that is not an image, decoders may raise any exception."""
+    if not os.path.isfile(path):  # opening a named pipe would block
         raise ValueError("not a file")
     if in_chans not in MODES:
         array = np.load(path, allow_pickle=False)
@@ -531,9 +508,9 @@ def read_crop(path, in_chans, size, box_of):
 # -- crops
 
 def crop_boxes(noise, height, width, scale):
-    """Random resized crops by torchvision's rule: of ten tries (area uniform in `scale`, aspect
-    ratio log-uniform in [3/4, 4/3]) the first that fits, else the largest central crop of an
-    allowed ratio. noise [n, 41] -> boxes [n, 4] of (top, left, height, width), flips [n]."""
+    """torchvision's random resized crop: the first of ten tries (area uniform in `scale`, aspect
+    ratio log-uniform in [3/4, 4/3]) that fits, else the largest central crop of an allowed ratio.
+    noise [n, 41] -> boxes [n, 4] of (top, left, height, width), flips [n]."""
     area, aspect, y, x = noise[:, :40].unflatten(1, (4, 10)).unbind(1)  # each [n, 10]
     area = height * width * (scale[0] + (scale[1] - scale[0]) * area)
     aspect = 3 / 4 * (16 / 9) ** aspect
@@ -541,10 +518,11 @@ def crop_boxes(noise, height, width, scale):
     w = (area * aspect).sqrt().round()
     fits = (h >= 1) & (w >= 1) & (h <= height) & (w <= width)
     tries = torch.stack([((height - h + 1) * y).floor(), ((width - w + 1) * x).floor(), h, w], 2)
-    first = tries.gather(1, fits.byte().argmax(1)[:, None, None].expand(-1, 1, 4))[:, 0]  # [n, 4]
+    first = fits.byte().argmax(1)[:, None, None]  # the first try that fits
+    first = tries.gather(1, first.expand(-1, 1, 4))[:, 0]  # [n, 4]
     h = min(height, round(width * 4 / 3))
     w = min(width, round(height * 4 / 3))
-    central = (height - h) // 2, (width - w) // 2, h, w  # new_tensor would wait for the GPU
+    central = (height - h) // 2, (width - w) // 2, h, w  # torch.tensor would synchronise the GPU
     central = torch.stack([torch.full_like(first[:, 0], side) for side in central], 1)
     return torch.where(fits.any(1, keepdim=True), first, central), noise[:, 40] < 0.5
 
@@ -558,8 +536,8 @@ def centre_box(height, width, size, margin):
 
 
 def resample_matrix(start, length, n_in, n_out):
-    """Bicubic resampling with antialiasing of the pixels [start, start + length) of n_in to n_out,
-    as one matrix per image [B, n_out, n_in]. The weights are Pillow's and torchvision's."""
+    """Matrices [B, n_out, n_in] that resample the pixels [start, start + length) of n_in to n_out:
+    bicubic with antialiasing, with the weights of Pillow and torchvision."""
     start, length = start[:, None, None], length[:, None, None]
     step = length / n_out  # input pixels per output pixel
     at = torch.arange(n_in, device=start.device) + 0.5
@@ -572,15 +550,16 @@ def resample_matrix(start, length, n_in, n_out):
 
 @functools.lru_cache(4)
 def resample_table(n_in, n_out, device):
-    """All matrices of a small image, in row start * n_in + length - 1. 128 CIFAR images take 3.2 ms
-    with this table and 5.9 ms without; F.grid_sample takes 6.2 ms, and aliases when it shrinks."""
+    """All matrices of a small image, in row start * n_in + length - 1. On two CPU cores 128 CIFAR
+    images take 3.2 ms with this table and 5.9 ms without. F.grid_sample takes 6.2 ms, and aliases
+    when it shrinks."""
     start = torch.arange(n_in, dtype=torch.float32, device=device)
     return resample_matrix(start.repeat_interleave(n_in), (start + 1).repeat(n_in), n_in, n_out)
 
 
 def crop_resize(images, boxes, flips, size):
     """Each image's box, resized and perhaps flipped: uint8 [B, C, H, W] -> float [B, C, *size] in
-    0..255. An axis takes one matrix per image, so the batch is two products instead of a loop."""
+    0..255. Each axis has one matrix per image, so the batch needs two products and no loop."""
     matrices = []
     for axis, (n_in, n_out) in enumerate(zip(images.shape[2:], size)):
         start, length = boxes[:, axis], boxes[:, axis + 2]
@@ -604,11 +583,11 @@ def permutation(n, seed, epoch):
     return torch.randperm(n, generator=generator).tolist()
 
 
-def random_crops(cfg, run, n, first, total, device):
-    """For each micro-batch of the steps first + 1 .. total: the ids of this process's images, and
-    the noise for their crops. Every epoch is another permutation. Batches run across the end of an
-    epoch, so that none is incomplete."""
-    for step in range(first, total):
+def random_crops(cfg, run, n, done, total, device):
+    """For each micro-batch of the steps done + 1 .. total: the ids of this process's images, and
+    the noise for their crops. Each epoch has its own permutation. A batch may span two epochs, so
+    that none is incomplete."""
+    for step in range(done, total):
         noise = draw((cfg.batch_size, 41), device, "crop", cfg.seed, step)
         for rows in map(run.rows, range(cfg.accum)):
             places = range(step * cfg.batch_size + rows.start, step * cfg.batch_size + rows.stop)
@@ -616,18 +595,18 @@ def random_crops(cfg, run, n, first, total, device):
             yield torch.tensor(ids), noise[rows]
 
 
-def train_batches(cfg, run, data, first, total, size=None, labelled=False):
-    """The micro-batches [m, C, H, W] of the steps first + 1 .. total, randomly cropped to `size`
+def train_batches(cfg, run, data, done, total, size=None, labelled=False):
+    """The micro-batches [m, C, H, W] of the steps done + 1 .. total, randomly cropped to `size`
     (default --img-size) and flipped. labelled: with their labels."""
     noise_on = "cpu" if isinstance(data, Folder) else run.device
-    crops = random_crops(cfg, run, len(data), first, total, noise_on)
+    crops = random_crops(cfg, run, len(data), done, total, noise_on)
     for images, labels in batches(cfg, run, data, crops, size or pair(cfg.img_size)):
         yield (images, labels) if labelled else images
 
 
 def eval_batches(cfg, run, data, ids):
     """Centre crops [m, C, H, W] of the images of a set, and their labels."""
-    crops = ((some, None) for some in ids.split(64))
+    crops = ((chunk, None) for chunk in ids.split(64))
     return batches(cfg, run, data, crops, pair(cfg.img_size))
 
 
@@ -640,6 +619,7 @@ def batches(cfg, run, data, crops, size):
 
 
 def cut_batches(cfg, run, data, crops, size):
+    """Crop images in memory. A set below a quarter of the free GPU memory moves to the GPU."""
     images = data.images
     if run.device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info()[0] / 4:
         images = images.to(run.device)
@@ -670,8 +650,8 @@ class Reader(torch.utils.data.Dataset):
         return torch.stack(images).contiguous(), torch.tensor(ids), broken
 
     def read(self, index, noise, broken):
-        """An image and its id; if it is unreadable, the next one. Above 1 % of these the run
-        stops."""
+        """An image and its id. If it is unreadable, the next one replaces it. Above 1 % of the set
+        `report_broken` stops the run."""
         def box_of(height, width):
             if noise is None:
                 return centre_box(height, width, self.size, self.data.margin)
@@ -690,8 +670,8 @@ class Reader(torch.utils.data.Dataset):
 
 
 def read_batches(cfg, run, data, crops, size):
-    """Loader processes read the images. On a CPU torch has fewer threads meanwhile: threads that
-    wait for the loaders' cores make a step up to ten times slower."""
+    """Loader processes read the images. On a CPU torch uses fewer threads meanwhile: threads that
+    compete with the loaders make a step up to ten times slower."""
     on_cpu = run.device.type == "cpu"
     workers = cfg.workers
     if workers is None:
@@ -699,14 +679,14 @@ def read_batches(cfg, run, data, crops, size):
     batch = cfg.batch_size // cfg.accum // run.world
     needed = 3 * workers * run.local_world * batch * cfg.in_chans * math.prod(size)
     if workers and os.path.isdir("/dev/shm") and needed > shutil.disk_usage("/dev/shm").free:
-        # Without this check the first batch would never come.
+        # Without this check the first batch would hang.
         raise BadInput(f"--workers {workers} need {needed >> 20} MB in /dev/shm, which has less: "
                        "use docker run --shm-size, or --workers 0")
     crops = ((ids.tolist(), None if noise is None else noise.numpy()) for ids, noise in crops)
     loader = torch.utils.data.DataLoader(
         Reader(data, cfg, size), batch_size=None, sampler=crops, num_workers=workers,
         worker_init_fn=leave_group, pin_memory=run.device.type == "cuda",
-        timeout=600 if workers else 0, generator=torch.Generator())  # not the global one: see Look
+        timeout=600 if workers else 0, generator=torch.Generator())  # leaves the global one alone
     threads = torch.get_num_threads()
     if on_cpu and workers:
         torch.set_num_threads(min(threads, max(1, run.cores - workers)))
@@ -719,7 +699,8 @@ def read_batches(cfg, run, data, crops, size):
 
 
 def leave_group(worker):
-    """torchrun, `timeout` and Ctrl-C signal the whole group, but the last step needs its images."""
+    """Leave the process group and ignore Ctrl-C: signals go to the whole group, but the last step
+    still needs its images."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(os, "setsid"):
         os.setsid()
@@ -754,14 +735,12 @@ def per_channel(values, device):
     return torch.tensor(values, device=device).view(-1, 1, 1)
 
 
-# --------------------------------------------------------------------------------------------------
-# 4. Training
-# --------------------------------------------------------------------------------------------------
+# ---- 4. Training
 
-# -- flags: a field of a Config is the flag, the log's header and the checkpoint's record
+# -- flags: a field of a Config defines a flag, and is stored in the log and in checkpoints
 
 def flag(default, help, least=None, most=1e18, may_change=False, **options):
-    """A Config field. may_change: when a run is resumed. argparse gets the options."""
+    """A Config field. may_change: a resumed run may change it. argparse gets the options."""
     options["help"] = help
     return dataclasses.field(default=default, metadata={
         "least": least, "most": most, "may_change": may_change, "argparse": options})
@@ -773,20 +752,22 @@ class TrainConfig:
     data: str = flag("shapes", "folder; or shapes, shapes:N, cifar10, cifar100, stl10, imagenette")
     data_root: str = flag("data", "folder for torchvision's sets", may_change=True)
     img_size: tuple[int, ...] = flag((32,), "side of the images, or height and width", 1, 10**5)
-    in_chans: int = flag(3, "channels; 1, 3, 4 of image files, else of .npy, uint8 [H, W, C]", 1)
-    mean: tuple[float, ...] = flag((), "of pixels in 0..1; default ImageNet's or 0.5", -1e6, 1e6)
-    std: tuple[float, ...] = flag((), "of pixels in 0..1; default ImageNet's or 0.25", 1e-6, 1e6)
-    crop_scale: tuple[float, ...] = flag((0.2, 1.0), "range of a crop's share of an image", 1e-4, 1)
+    in_chans: int = flag(3, "channels: 1, 3, 4; others need .npy files, uint8 [H, W, C]", 1)
+    mean: tuple[float, ...] = flag((), "channel means of pixels in 0..1; default ImageNet's, or "
+                                   "0.5 if there are not 3 channels", -1e6, 1e6)
+    std: tuple[float, ...] = flag((), "channel deviations; default ImageNet's, or 0.25", 1e-6, 1e6)
+    crop_scale: tuple[float, ...] = flag((0.2, 1.0), "range of the crop's share of the image's "
+                                         "area", 1e-4, 1)
     flip: bool = flag(True, "flip half of the crops")
-    workers: int | None = flag(None, "to read images; default by cores", 0, may_change=True)
+    workers: int | None = flag(None, "loader processes; default from the cores", 0, may_change=True)
     model: str = flag("nano", "size of the encoder", choices=MODELS)
     patch_size: int | None = flag(None, "default 4 below 48 pixels, 8 below 160, else 16", 1)
     batch_size: int = flag(128, "global batch, over all processes and micro-batches", 1)
     accum: int = flag(1, "micro-batches per step, to save memory", 1, may_change=True)
     epochs: int = flag(10, "passes over the training set", 1, may_change=True)
-    warmup_epochs: int = flag(1, "passes until the learning rate has its peak", 0)
+    warmup_epochs: int = flag(1, "epochs of learning-rate warm-up", 0)
     base_lr: float = flag(1e-3, "the peak learning rate is base_lr * batch_size / 256", 0)
-    betas: tuple[float, ...] = flag((0.9, 0.95), "AdamW's decay rates", 0, 0.999999)
+    betas: tuple[float, ...] = flag((0.9, 0.95), "AdamW's betas", 0, 0.999999)
     weight_decay: float = flag(0.05, "AdamW's weight decay", 0)
     clip_grad: float = flag(1.0, "largest gradient norm; 0: do not clip", 0)
     seed: int = flag(0, "decides everything random", 0)
@@ -797,15 +778,15 @@ class TrainConfig:
     compile: str = flag("auto", "torch.compile; auto: for 5,000 steps and more", may_change=True,
                         choices=["auto", "on", "off"])
     out: str = flag("runs/run", "folder for last.pt, log.jsonl and pictures", may_change=True)
-    resume: str = flag("auto", "auto: go on from OUT/last.pt; no: remove it; or a checkpoint to "
-                       "start from", may_change=True)
+    resume: str = flag("auto", "auto: resume OUT/last.pt; no: delete it; or a checkpoint to start "
+                       "from if OUT has none", may_change=True)
     save_every: int = flag(5, "epochs between checkpoints", 1, may_change=True)
     eval_every: int = flag(0, "epochs between k-NN tests; 0: before and after", 0, may_change=True)
     log_every: int = flag(20, "steps between log lines", 1, may_change=True)
 
 
 def metadata_of(Config, name):
-    """What `flag` said of a field. A subclass that only changes the default says nothing."""
+    """The metadata that `flag` gave a field. A subclass that only changes a default inherits it."""
     fields = [vars(base).get("__dataclass_fields__", {}).get(name) for base in Config.__mro__]
     return next(field.metadata for field in fields if field and field.metadata)
 
@@ -823,7 +804,8 @@ def parse_args(Config, doc="", argv=None):
         default = getattr(Config, name)
         options = dict(metadata_of(Config, name)["argparse"])
         if default not in ("", (), None):
-            options["help"] += f" [{default}]"
+            shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
+            options["help"] += f" [{shown}]"
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
         elif typing.get_origin(kind) is tuple:
@@ -847,7 +829,7 @@ def check_ranges(cfg):
 
 
 def main(train, Config, doc):
-    """Run a program: flags in, exit status out. Settings for the whole process are made here."""
+    """Configure the process, parse the flags, run `train`, exit with its status."""
     keep_memory()
     torch.set_float32_matmul_precision("high" if torch.cuda.is_available() else "highest")  # TF32
     sys.stdout = sys.stdout or open(os.devnull, "w")  # None if the caller has closed it
@@ -857,14 +839,14 @@ def main(train, Config, doc):
     try:
         status = train(parse_args(Config, doc))
         if dist.is_initialized():
-            dist.barrier()  # torchrun would end the others when the first process leaves
+            dist.barrier()  # a process that leaves early would break the others' last collective
     except BadInput as error:
         status = 2
         if rank == "0" or dist.is_initialized() or not dist.is_torchelastic_launched():
-            message = error  # before they join, all processes of torchrun find the same
+            message = error  # before joining, all ranks find the same error; rank 0 prints it
     except KeyboardInterrupt:  # outside the training loop
         status = 130
-    except Exception as error:  # caught, so that the frames end, and with them the loader processes
+    except Exception as error:  # caught, because releasing the frames ends the loader processes
         status = 1
         message = traceback.format_exc()
         if dist.is_initialized() and "onnection" in str(error):
@@ -878,8 +860,8 @@ def main(train, Config, doc):
 
 
 def keep_memory():
-    """Tell glibc to keep the memory that a step frees. To get it back from the system, page by
-    page, takes 5 % of a step on a CPU. Other C libraries have no such setting."""
+    """Tell glibc to keep the memory that a step frees. Getting it back from the system costs 5 % of
+    a step on a CPU. Other C libraries have no such setting."""
     with contextlib.suppress(OSError, TypeError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
@@ -888,28 +870,29 @@ def keep_memory():
 
 # -- processes and devices
 
-def start(cfg):
-    """Check the flags, join the other processes, choose device and precision -> the Config with its
-    open values filled in, and this process's Run."""
+def start(cfg, method=""):
+    """Check the flags, fill in their defaults, join the other processes, choose device and
+    precision -> the Config and this process's Run. Checkpoints and logs get the method's name."""
     check_ranges(cfg)
     if len(cfg.img_size) > 2:
         raise BadInput("--img-size takes one or two values")
     patch_size = 16
-    for side, smaller in ((160, 8), (48, 4)):
-        if max(cfg.img_size) < side:
-            patch_size = smaller
+    if max(cfg.img_size) < 160:
+        patch_size = 8 if max(cfg.img_size) >= 48 else 4
     mean, std = (0.5,) * cfg.in_chans, (0.25,) * cfg.in_chans
     if cfg.in_chans == 3:
         mean, std = IMAGENET_MEAN, IMAGENET_STD
     cfg = dataclasses.replace(cfg, patch_size=cfg.patch_size or patch_size, mean=cfg.mean or mean,
                               std=cfg.std or std)
-    patch_grid(cfg.img_size, cfg.patch_size)
+    patch_grid(cfg.img_size, cfg.patch_size)  # raises if it does not divide
+    if cfg.compile == "on" and not has_compiler():
+        raise BadInput("--compile on needs a C++ compiler (g++ or clang++)")
     if not len(cfg.mean) == len(cfg.std) == cfg.in_chans:
         raise BadInput(f"--mean and --std take {cfg.in_chans} values, one per channel")
-    names = ("WORLD_SIZE", "RANK", "LOCAL_WORLD_SIZE", "LOCAL_RANK")  # torchrun sets them
+    names = {"WORLD_SIZE": 1, "RANK": 0, "LOCAL_WORLD_SIZE": 1, "LOCAL_RANK": 0}  # torchrun's
     try:
-        world, rank, local_world, local_rank = (int(os.environ.get(name, "SIZE" in name))
-                                                for name in names)
+        values = [int(os.environ.get(name, default)) for name, default in names.items()]
+        world, rank, local_world, local_rank = values
         if not (0 <= rank < world and 0 <= local_rank < local_world):
             raise ValueError("out of range")
     except ValueError as error:
@@ -918,15 +901,20 @@ def start(cfg):
         raise BadInput(f"--batch-size {cfg.batch_size} does not divide into {world} processes x "
                        f"--accum {cfg.accum}")
     device = choose_device(cfg.device, local_rank)
-    run = Run(cfg, device, choose_amp(cfg.amp, device), rank, world, local_rank, local_world)
+    amp = choose_amp(cfg.amp, device)
+    run = Run(cfg, device, amp, rank, world, local_rank, local_world, method)
     if world > 1:
         join_processes(run)
     return cfg, run
 
 
+def has_compiler():
+    return bool(os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++"))
+
+
 def join_processes(run):
-    """torchrun's agent keeps one store for all restarts. Each needs a prefix of its own: without it
-    a restarted process would read the addresses of dead ones."""
+    """torchrun's agent keeps one store for all restarts. Each restart needs its own prefix: without
+    it, a process would read the addresses of dead ones."""
     options = {"device_id": run.device} if run.device.type == "cuda" else {}
     limit = datetime.timedelta(minutes=10)
     try:
@@ -977,22 +965,24 @@ class Run:
     world: int = 1
     local_rank: int = 0
     local_world: int = 1
+    method: str = ""
     compiled: bool = False
     signal: int = 0  # the number of the signal that asked for the end
     warned: set = dataclasses.field(default_factory=set)
 
     @property
-    def main(self):
+    def is_main(self):
         return self.rank == 0
 
     @property
     def asked_to_stop(self):
-        """A single process stops after this step; several agree to at the next log line."""
+        """One process stops after this step; several agree at the next log line."""
         return self.signal > 0 and self.world == 1
 
     @functools.cached_property
     def cores(self):
-        """The CPU cores that this process may use, divided by the processes that share them."""
+        """CPU cores per process: those that it may use, divided by the processes that share them.
+        All ranks must call this together."""
         own = range(os.cpu_count())
         if hasattr(os, "sched_getaffinity"):
             own = sorted(os.sched_getaffinity(0))
@@ -1001,13 +991,13 @@ class Run:
         return max(1, len(own) // max(1, same))
 
     def say(self, text, file=None):
-        if self.main:
-            with contextlib.suppress(OSError):  # nobody reads any more; the run goes on
+        if self.is_main:
+            with contextlib.suppress(OSError):  # the output is closed; the run goes on
                 tqdm.write(text, file=file)
                 (file or sys.stdout).flush()
 
     def warn(self, name, text):
-        """Say it once."""
+        """Print a warning once per name."""
         if name not in self.warned:
             self.warned.add(name)
             self.say(f"warning: {name}: {text}")
@@ -1019,8 +1009,7 @@ class Run:
         return slice(first, first + size)
 
     def autocast(self):
-        enabled = self.amp is not None
-        return torch.autocast(self.device.type, self.amp or torch.bfloat16, enabled=enabled)
+        return torch.autocast(self.device.type, self.amp, enabled=self.amp is not None)
 
     def barrier(self):
         if self.world > 1:
@@ -1036,25 +1025,22 @@ class Run:
 
     def wrap(self, model, total):
         """Compile the model in place (names in checkpoints stay), and wrap it in DDP."""
-        compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
-        if self.cfg.compile == "on" and not compiler:
-            raise BadInput("--compile on needs a C++ compiler (g++ or clang++)")
         self.compiled = self.cfg.compile == "on"
         if self.cfg.compile == "auto":
-            self.compiled = bool(compiler) and total >= 5000 and self.device.type != "mps"
+            self.compiled = has_compiler() and total >= 5000 and self.device.type != "mps"
         if self.compiled:
             model.compile()
         if self.world == 1:
             return model
-        with warnings.catch_warnings():  # broadcast_buffers has a successor that torch 2.6 lacks
+        with warnings.catch_warnings():  # broadcast_buffers is deprecated; 2.6 has nothing else
             warnings.simplefilter("ignore")
             return DistributedDataParallel(model, broadcast_buffers=False, bucket_cap_mb=100,
-                                           gradient_as_bucket_view=True)  # few, large pieces
+                                           gradient_as_bucket_view=True)  # few, large all-reduces
 
-    def steps(self, first, total):
-        """Yield first + 1 .. total. Meanwhile Ctrl-C, SIGTERM and SIGHUP let the step finish, so
+    def steps(self, done, total):
+        """Yield done + 1 .. total. Meanwhile, on Ctrl-C, SIGTERM or SIGHUP, the step is finished so
         that it can be saved; a second signal ends the process. The handlers are restored when the
-        loop is left. A thread installs none."""
+        loop is left. Only the main thread installs them."""
         times = []
 
         def handle(number, frame):
@@ -1068,14 +1054,14 @@ class Run:
             numbers = {}
         before = {number: signal.signal(number, handle) for number in numbers}
         try:
-            yield from range(first + 1, total + 1)
+            yield from range(done + 1, total + 1)
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
     def stop_by_signal(self, step):
-        self.say(f"stopped by a signal after step {step}; the same command goes on from there")
-        return 128 + (self.signal or signal.SIGTERM)
+        self.say(f"stopped by a signal after step {step}; the same command resumes from there")
+        return 128 + (self.signal or signal.SIGTERM)  # or: another rank got it
 
     def stop_not_finite(self, report):
         self.say(f"error: not finite in the steps up to {report['step']}: loss {report['loss']}, "
@@ -1092,7 +1078,7 @@ def cosine(step, total, first, last):
 
 
 def warmup_cosine(step, total, warmup, peak, first, last):
-    """Linear from the first rate to the peak, then half a cosine to the last rate."""
+    """Linear from `first` to `peak`, then half a cosine to `last`."""
     if step < warmup:
         return first + (peak - first) * step / warmup
     return cosine(step - warmup, total - warmup, peak, last)
@@ -1107,12 +1093,12 @@ def param_groups(model, weight_decay, no_decay):
     return groups
 
 
-def clip_gradients(parameters, most):
-    """Scale the gradients down to this norm, if it is not 0 -> their norm before."""
+def clip_gradients(parameters, max_norm):
+    """Scale the gradients down to max_norm, if it is not 0 -> their norm before."""
     parameters = list(parameters)
     norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    if most:
-        nn.utils.clip_grads_with_norm_(parameters, most, norm)
+    if max_norm:
+        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return norm
 
 
@@ -1152,7 +1138,7 @@ torch.save(s.get('state_dict', s.get('model')), 'weights.pt')" {}"""
 
 
 class Damaged(BadInput):
-    """A checkpoint that is not whole."""
+    """A checkpoint file that is damaged."""
 
 
 def read_checkpoint(path):
@@ -1165,7 +1151,7 @@ def read_checkpoint(path):
             raise ValueError
         return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=zipped))
     except Exception as error:  # torch.load raises many kinds
-        invalid = getattr(error, "errno", None) == errno.EINVAL  # a place before the start
+        invalid = getattr(error, "errno", None) == errno.EINVAL  # truncated: a seek before 0
         if isinstance(error, (OSError, MemoryError)) and not invalid or "allocate" in str(error):
             reason = one_line(error) or "out of memory"
             raise BadInput(f"{path}: cannot be read ({reason})") from error
@@ -1178,26 +1164,28 @@ def read_checkpoint(path):
 class Checkpoint:
     """OUT/last.pt, the state of every part of a run; the one before is kept as OUT/previous.pt."""
 
-    def __init__(self, cfg, run, method, plan, **parts):
-        self.cfg, self.run, self.method, self.plan, self.parts = cfg, run, method, plan, parts
+    def __init__(self, cfg, run, plan, **parts):
+        self.cfg, self.run, self.plan, self.parts = cfg, run, plan, parts
         self.last, self.previous = Path(cfg.out, "last.pt"), Path(cfg.out, "previous.pt")
 
     def resume(self):
-        """Load the run in OUT, or the file that --resume names -> the number of steps done, the
-        same on every rank; 0 for a new run. Make and lock OUT; --resume no removes checkpoints."""
+        """Load the run in OUT, else the file that --resume names -> the number of steps done, the
+        same on every rank; 0 for a new run. Make OUT and lock it; --resume no deletes the old
+        checkpoints."""
         step = 0
         old = [path for path in (self.last, self.previous) if os.path.lexists(path)]
         if self.cfg.resume != "no" and (old or self.cfg.resume != "auto"):
             step = self.load(old or [Path(self.cfg.resume)])
         self.agree(step)
-        if self.run.main:
+        if self.run.is_main:
             with writing(f"--out {self.cfg.out}"):
                 self.last.parent.mkdir(parents=True, exist_ok=True)
                 self.lock = open(Path(self.cfg.out, ".lock"), "w")
                 if hasattr(os, "lockf"):  # not on Windows
                     os.lockf(self.lock.fileno(), os.F_TLOCK, 0)  # held until the process ends
-                for path in old if self.cfg.resume == "no" else []:
-                    path.unlink()
+                if self.cfg.resume == "no":
+                    for path in old:
+                        path.unlink()
         return step
 
     def load(self, paths):
@@ -1209,26 +1197,26 @@ class Checkpoint:
             if len(paths) == 1:
                 raise
             path = paths[1]
-            self.run.say(f"warning: {error}; going on from {path}")
+            self.run.say(f"warning: {error}; resuming from {path}")
             state = read_checkpoint(path)
         config, method = state.get("config"), state.get("method")
-        if method != self.method or not isinstance(config, dict):
-            raise BadInput(f"{path}: a checkpoint of {method}, not of {self.method}")
+        if method != self.run.method or not isinstance(config, dict):
+            raise BadInput(f"{path}: not a checkpoint of {self.run.method}, but of {method}")
         differ = []
         for name, value in dataclasses.asdict(self.cfg).items():
             may_change = metadata_of(type(self.cfg), name)["may_change"]
             if config.get(name) != value and not may_change:
-                differ.append(f"--{name.replace('_', '-')} {config.get(name)} there, {value} now")
+                differ.append(f"--{name.replace('_', '-')} was {config.get(name)}, is {value}")
         if differ:
             raise BadInput(f"{path}: made with another Config ({'; '.join(differ)}); use another "
                            "--out, or --resume no")
-        name = "step"
+        name = "step"  # of the part that is being loaded
         try:
             step = state[name]
             if type(step) is not int or step < 0:
                 raise ValueError(step)
             for name, part in self.parts.items():
-                if name != "scaler" or part.is_enabled():
+                if name != "scaler" or part.is_enabled():  # a disabled scaler has no state
                     part.load_state_dict(state[name])
                 if isinstance(part, torch.optim.Optimizer):
                     check_shapes(part)
@@ -1249,25 +1237,19 @@ class Checkpoint:
                            f"images, Config: {found.tolist()}); --out and --data must be shared")
 
     def save(self, step):
-        """Rank 0 writes a temporary file, then renames it: last.pt is always complete."""
-        if not self.run.main:
+        """Rank 0 writes last.pt. The one before becomes previous.pt."""
+        if not self.run.is_main:
             return
-        state = {"method": self.method, "config": dataclasses.asdict(self.cfg), "step": step,
+        state = {"method": self.run.method, "config": dataclasses.asdict(self.cfg), "step": step,
                  **{name: part.state_dict() for name, part in self.parts.items()},
                  "rng": torch.get_rng_state()}
-        part = self.last.with_name("last.pt.part")
         with writing(f"--out {self.cfg.out}"):
-            with open(part, "wb") as file:
+            with whole_file(self.last, self.previous) as file:
                 torch.save(state, file)
-                file.flush()
-                os.fsync(file.fileno())
-            if self.last.exists():
-                os.replace(self.last, self.previous)
-            os.replace(part, self.last)
 
 
 def check_shapes(optimizer):
-    """torch loads averages of any shape, and the fused AdamW then writes beyond their end."""
+    """torch accepts moments of any shape, and the fused AdamW then writes beyond their end."""
     for p, state in optimizer.state.items():
         for name, t in state.items():
             if torch.is_tensor(t) and t.ndim and t.shape != p.shape:
@@ -1276,7 +1258,7 @@ def check_shapes(optimizer):
 
 @contextlib.contextmanager
 def writing(what):
-    """A full disk, a missing permission, another run's lock: one line about `what`."""
+    """Report a full disk, a missing permission or another run's lock as BadInput."""
     try:
         yield
     except BlockingIOError as error:
@@ -1284,6 +1266,23 @@ def writing(what):
     except (OSError, RuntimeError) as error:  # torch.save hides the reason, usually a full disk
         reason = getattr(error, "strerror", None) or f"is the disk full? {one_line(error)}"
         raise BadInput(f"{what}: cannot be written ({reason})") from error
+
+
+@contextlib.contextmanager
+def whole_file(path, previous=None):
+    """Write a temporary file, fsync, then rename: `path` is always complete. The old file becomes
+    `previous`, if it is given."""
+    part = path.with_name(path.name + ".part")
+    try:
+        with open(part, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        if previous and path.exists():
+            os.replace(path, previous)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 # -- the log
@@ -1295,32 +1294,35 @@ class Report(dict):
 
 class Meter:
     """A progress bar, and OUT/log.jsonl, which rank 0 writes. Logged values are means over the
-    steps since the last line: a value that was not finite in one of them shows."""
+    steps since the last line, so a value that is not finite in any step shows."""
 
-    def __init__(self, cfg, run, method, first, total, scaler):
+    def __init__(self, cfg, run, done, total, scaler):
         self.cfg, self.run, self.scaler, self.path = cfg, run, scaler, Path(cfg.out, "log.jsonl")
-        self.values, self.waited, self.first, self.reported = {}, 0.0, first, first
+        self.values, self.waited, self.first, self.reported = {}, 0.0, done, done
         self.clock = time.perf_counter()
-        if run.main:
+        if run.is_main:
             with writing(self.path):
-                kept = self.lines_until(first)
-                self.file = open(self.path, "w", buffering=1)
-                self.file.write(kept)
+                kept = self.lines_until(done)
+                with whole_file(self.path) as file:
+                    file.write(kept.encode())
+                self.file = open(self.path, "a", buffering=1)
         device = torch.cuda.get_device_name() if run.device.type == "cuda" else run.device.type
-        precision = str(run.amp or torch.float32) + ", compiled" * run.compiled
-        self.write(method=method, config=dataclasses.asdict(cfg), torch=torch.__version__,
+        precision = str(run.amp or torch.float32)
+        if run.compiled:
+            precision += ", compiled"
+        self.write(method=run.method, config=dataclasses.asdict(cfg), torch=torch.__version__,
                    processes=run.world, device=device, precision=precision)
-        run.say(f"{total} steps of {cfg.batch_size} images in {cfg.accum} micro-batches, "
-                f"{run.world} processes, {device}, {precision}")
-        self.bar = tqdm(total=total * cfg.batch_size, initial=first * cfg.batch_size, unit="img",
-                        unit_scale=True, disable=not run.main,
+        run.say(f"{total} steps of {cfg.batch_size} images; micro-batches: {cfg.accum}; processes: "
+                f"{run.world}; {device}, {precision}")
+        self.bar = tqdm(total=total * cfg.batch_size, initial=done * cfg.batch_size, unit="img",
+                        unit_scale=True, disable=not run.is_main,
                         mininterval=0.2 if sys.stderr.isatty() else 30)
 
     def lines_until(self, step):
-        """The log without what was written after the checkpoint; the last line may be torn."""
+        """The log without what was written after the checkpoint, and without a torn last line."""
         kept = ""
         if os.path.lexists(self.path) and not self.path.is_file():
-            raise OSError("not a file")  # to open a named pipe would wait for ever
+            raise OSError("not a file")  # opening a named pipe would block
         if step and self.path.exists():
             for line in self.path.read_text(errors="replace").splitlines():
                 with contextlib.suppress(ValueError, AttributeError, TypeError):
@@ -1343,8 +1345,9 @@ class Meter:
         self.add(**values)
         self.bar.update(self.cfg.batch_size)
 
-    def report(self, step, **rates):
-        """Write a line: means over the steps since the last line, and over the processes."""
+    def report(self, step, **schedules):
+        """Write a line: means over the steps since the last line, and over the processes. It is
+        finite, and asks to stop, for all ranks alike."""
         means = [torch.stack(values).float().mean() for values in self.values.values()]
         means = torch.stack([*means, torch.full_like(means[0], float(self.run.signal > 0))])
         if self.run.world > 1:
@@ -1352,16 +1355,17 @@ class Meter:
         *means, stop = (means / self.run.world).tolist()  # the only wait for the device
         means = dict(zip(self.values, means))
         seconds = time.perf_counter() - self.clock
-        report = Report(step=step, images=step * self.cfg.batch_size, **rates, **means,
+        report = Report(step=step, images=step * self.cfg.batch_size, **schedules, **means,
                         images_per_s=self.cfg.batch_size * (step - self.reported) / seconds,
                         data_wait=self.waited / seconds)
-        if self.scaler.is_enabled() and self.scaler.get_scale() > 1e-6:
-            del means["grad_norm"]  # fp16 leaves out such a step, and halves its loss scale
-        report.finite = all(map(math.isfinite, means.values()))
+        # In fp16 the scaler skips a step whose gradients overflow, and halves its scale.
+        skips = self.scaler.is_enabled() and self.scaler.get_scale() > 1e-6
+        report.finite = all(math.isfinite(value) for name, value in means.items()
+                            if not (skips and name.endswith("grad_norm")))
         report.stop = stop > 0
         self.write(**report)
         self.bar.set_postfix(loss=f"{report['loss']:.4f}", lr=f"{report['lr']:.2e}")
-        if report["data_wait"] > 0.1 and self.reported > self.first:  # loaders have started
+        if report["data_wait"] > 0.1 and self.reported > self.first:  # not while loaders start
             self.run.warn("data_wait", f"{report['data_wait']:.0%} of the time; see --workers")
         if report.get("target_std", 1) < 0.02:
             self.run.warn("collapse of the targets", "all patches have almost the same target")
@@ -1369,7 +1373,7 @@ class Meter:
         return report
 
     def write(self, **record):
-        if not self.run.main:
+        if not self.run.is_main:
             return
         for name, v in record.items():
             if isinstance(v, float):
@@ -1378,7 +1382,7 @@ class Meter:
             self.file.write(json.dumps(record) + "\n")
 
     def write_look(self, step, scores):
-        """Write what was seen at a step, and print its k-NN accuracies."""
+        """Log the scores of a step, and print its k-NN accuracies."""
         self.write(step=step, images=step * self.cfg.batch_size, **scores)
         titles = {"raw_knn_": "raw pixels", "knn_": "pooled", "mean_knn_": "mean of patches"}
         for prefix, title in titles.items():
@@ -1386,7 +1390,7 @@ class Meter:
                      if name.startswith(prefix)]
             if shown:
                 self.run.say(f"step {step}, k-NN in %, {title}: {'  '.join(shown)}")
-        self.clock = time.perf_counter()
+        self.clock = time.perf_counter()  # images_per_s leaves evaluation out
 
     def close(self):
         self.bar.close()
@@ -1398,8 +1402,8 @@ class Meter:
 def knn(gallery, queries, k=20):
     """The k nearest by cosine, exactly -> similarity [m, k], ids [m, k]."""
     gallery = F.normalize(gallery, dim=1).T
-    nearest = [(F.normalize(some, dim=1) @ gallery).topk(min(k, gallery.shape[1]))
-               for some in queries.split(1024)]
+    nearest = [(F.normalize(chunk, dim=1) @ gallery).topk(min(k, gallery.shape[1]))
+               for chunk in queries.split(1024)]
     similarity, ids = zip(*nearest)
     return torch.cat(similarity), torch.cat(ids)
 
@@ -1411,10 +1415,10 @@ def vote(similarity, labels, temperature=0.07):
 
 
 def effective_rank(features):
-    """exp of the entropy of the normalised singular values: from 1, all on a line, to D."""
+    """exp of the entropy of the normalised singular values: 1 if all lie on a line, at most D."""
     features = features.float().cpu()
     s = torch.linalg.svdvals(features - features.mean(0))
-    if not s.sum() > 1e-6 * len(features) ** 0.5:  # all are equal
+    if s.sum() <= 1e-6 * len(features) ** 0.5:  # all are equal
         return 1.0
     return torch.special.entr(s / s.sum()).sum().exp().item()
 
@@ -1426,7 +1430,7 @@ def spread(tokens):
 
 
 def raw_pixels(images):
-    """The encoder that every other has to beat: at most 32 x 32 pixels."""
+    """Baseline features: pixels, averaged to at most 32 x 32."""
     pixels = F.adaptive_avg_pool2d(images, [min(32, side) for side in images.shape[2:]]).flatten(1)
     return pixels, pixels[:, None]
 
@@ -1438,16 +1442,16 @@ def every_tenth(data):
     return tenth.nonzero()[:, 0], (~tenth).nonzero()[:, 0]
 
 
-def evenly(ids, most):
-    """At most so many of the ids, evenly spread."""
-    return ids[torch.linspace(0, max(0, len(ids) - 1), min(most, len(ids))).long()]
+def evenly(ids, count):
+    """At most `count` of the ids, evenly spaced."""
+    return ids[torch.linspace(0, max(0, len(ids) - 1), min(count, len(ids))).long()]
 
 
 @torch.no_grad()
 def features_of(encode, cfg, run, data, ids, take):
-    """take(pooled, patches) of some images, and their labels. The processes share the work."""
+    """take(pooled, patches) of the images `ids`, and their labels. The ranks share the work."""
     share = math.ceil(len(ids) / run.world)
-    mine = ids[(run.rank * share + torch.arange(share)) % len(ids)]
+    mine = ids[(run.rank * share + torch.arange(share)) % len(ids)]  # pads the last share
     features, labels = [], {name: [] for name in data.labels}
     for images, known in eval_batches(cfg, run, data, mine):
         with run.autocast():
@@ -1461,8 +1465,8 @@ def features_of(encode, cfg, run, data, ids, take):
 
 
 class Look:
-    """k-NN accuracy, the health of the features and the method's pictures. Looking draws nothing
-    from torch's global generator, so that resuming stays exact."""
+    """Evaluation during training: k-NN accuracy, the health of the features, the method's pictures.
+    It draws nothing from torch's global generator, so that resuming stays exact."""
 
     def __init__(self, cfg, run, model, train_set, val_set):
         self.cfg, self.run, self.model = cfg, run, model
@@ -1470,7 +1474,7 @@ class Look:
         queries, gallery = torch.arange(len(shown)), torch.arange(len(train_set))
         if val_set is None and train_set.labels:
             queries, gallery = every_tenth(train_set)
-        self.gallery = train_set, evenly(gallery, 8192)
+        self.gallery = train_set, evenly(gallery, 8192)  # a set, and ids of its images
         self.queries = shown, evenly(queries, 2048)
         self.images, _ = next(eval_batches(cfg, run, shown, torch.arange(min(8, len(shown)))))
 
@@ -1480,7 +1484,7 @@ class Look:
         if step == 0:
             raw = self.scores(raw_pixels)
             scores |= {"raw_" + name: v for name, v in raw.items() if name.startswith("knn_")}
-        if self.run.main:
+        if self.run.is_main:
             save_pictures(self.model, self.images, self.cfg, self.cfg.out)
         self.model.train()
         return scores
@@ -1488,7 +1492,7 @@ class Look:
     def scores(self, encode):
         """Effective rank and spread of the pooled features; k-NN accuracy in % for each label, of
         the pooled features (knn_) and of the mean over patches (mean_knn_). Channels are
-        standardised first, else the few loudest decide alone."""
+        standardised first, so that those of high variance do not dominate."""
         def pooled_and_mean(pooled, patches):
             return torch.stack([pooled.float(), patches.float().mean(1)], 1)  # [n, 2, D]
         features, labels = features_of(encode, self.cfg, self.run, *self.gallery, pooled_and_mean)
@@ -1499,10 +1503,10 @@ class Look:
             self.run.warn("collapse", f"all images have almost the same features: {scores}")
         if not labels or not len(self.queries[1]):
             return scores
-        asked, truth = features_of(encode, self.cfg, self.run, *self.queries, pooled_and_mean)
+        queries, truth = features_of(encode, self.cfg, self.run, *self.queries, pooled_and_mean)
         mean, std = features.mean(0), features.std(0) + 1e-6
         for i, prefix in enumerate(("knn_", "mean_knn_")):
-            similarity, ids = knn(((features - mean) / std)[:, i], ((asked - mean) / std)[:, i])
+            similarity, ids = knn(((features - mean) / std)[:, i], ((queries - mean) / std)[:, i])
             for name, y in labels.items():
                 right = vote(similarity, y[ids]) == truth[name]
                 scores[prefix + name] = 100 * right.float().mean().item()
@@ -1517,7 +1521,7 @@ def pca_colours(patches, grid, size):
     x = patches.float().flatten(0, 1).cpu()
     x = x - x.mean(0)
     axes = torch.linalg.eigh(x.T @ x).eigenvectors[:, -3:].flip(1)
-    colours = x @ (axes * axes.sum(0).sign())  # an axis has no sign of its own
+    colours = x @ (axes * axes.sum(0).sign())  # an axis's sign is arbitrary
     low, high = colours.quantile(torch.tensor([0.01, 0.99]), dim=0)
     colours = ((colours - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
     colours = colours.unflatten(0, (len(patches), *grid)).permute(0, 3, 1, 2)

@@ -7,28 +7,28 @@ compare with the same encoder untrained and with raw pixels.
   python evaluate.py runs/mae/last.pt --data DIR --masks trainannot valannot --probe seg-knn
   python evaluate.py mae_pretrain_vit_large.pth --method mae --model large      the authors' weights
   python evaluate.py runs/mae/last.pt --export encoder.safetensors           under timm's names
-  torchrun --nproc_per_node 8 evaluate.py runs/mae/last.pt           all processes extract features
+  torchrun --nproc_per_node 8 evaluate.py runs/mae/last.pt      processes share the features' work
 
-  knn         The 1 and the 20 most similar training images (by cosine) vote for a class, with
-              weights exp(cosine / 0.07).
-  linear      A Linear layer on standardised features. A grid of learning rates and weight decays is
-              trained; the best on a held-out tenth of the training set is tested, once.
-  attentive   As linear, on what 8 learned queries gather from the patch features.
-  seg-knn     As knn, for patches, whose class is the most frequent one among their pixels. The
-              score is the mean intersection over union (mIoU) of the pixels.
-  seg-linear  As linear, for patches; the logits are enlarged to the pixels; mIoU.
+  knn         The nearest and the 20 nearest training images (cosine) vote for a class, with weights
+              exp(cosine / 0.07).
+  linear      A Linear layer on standardised features, for each of a grid of learning rates and
+              weight decays. The best on a held-out tenth of the training set is tested, once.
+  attentive   As linear, on patch features that 8 learned queries pool; at most 4,096 images.
+  seg-knn     As knn with k = 20, for patches. A patch's class is the most frequent one among its
+              pixels. The score is the mean intersection over union (mIoU) over pixels. At most
+              1,024 images and 16,384 training patches.
+  seg-linear  As linear, for patches; the logits are upsampled to the pixels; mIoU.
   finetune    The whole encoder is trained, with layer-wise learning rates and drop path.
 
-Features come from the method's `encode`, whose docstring says which encoder and which norm. A
-labelled folder without a labelled val/ is scored on every tenth training image; the probes are
-fitted on the others. Scores and settings are written to last.eval.json beside the checkpoint.
+Features come from the method's `encode`, whose docstring says which encoder and which norm. Without
+a labelled val/, every tenth training image is the test set, and the probes are fitted on the
+others. Scores and settings are written to last.eval.json beside the checkpoint.
 """
 
 import contextlib
 import copy
 import functools
 import importlib
-import io
 import json
 import math
 import os
@@ -47,7 +47,7 @@ from common import (FORMATS, MODELS, BadInput, Folder, Pixels, centre_box, check
                     denormalise, eval_batches, evenly, every_tenth, features_of, find_images, flag,
                     knn, load_data, main, normalise, one_line, pair, patch_grid, patchify,
                     pca_colours, raw_pixels, read_checkpoint, read_crop, save_picture,
-                    save_pictures, start, train_batches, vote, warmup_cosine, writing)
+                    save_pictures, start, train_batches, vote, warmup_cosine, whole_file, writing)
 
 PROBES = {  # probe: the features that it needs, and how many images it uses at most
     "knn": ("pooled", None), "linear": ("pooled", None), "attentive": ("patches", 4096),
@@ -60,32 +60,32 @@ GRID = [(lr, decay) for lr in RATES for decay in DECAYS]  # G = 18 linear heads
 
 @dataclass(frozen=True)
 class Config:
-    checkpoint: str = flag("", "a run's last.pt, or a file of the authors", positional=True)
-    method: str = flag("", "of a file of the authors: mae, latent_mim, ...")
-    model: str = flag("", "its size; default: the paper's", choices=MODELS)
-    patch_size: int | None = flag(None, "its patch size; default: the paper's", 1)
-    img_size: tuple[int, ...] = flag((), "one or two sides; default: as trained", 1, 10**5)
+    checkpoint: str = flag("", "a run's last.pt, or the authors' weights", positional=True)
+    method: str = flag("", "for the authors' weights: mae, latent_mim, ...")
+    model: str = flag("", "their encoder size; default: the paper's", choices=MODELS)
+    patch_size: int | None = flag(None, "their patch size; default: the paper's", 1)
+    img_size: tuple[int, ...] = flag((), "side, or height and width; default: as trained", 1, 10**5)
     probe: tuple[str, ...] = flag((), " ".join(PROBES) + "; default: knn linear", choices=PROBES)
-    rows: tuple[str, ...] = flag(ROWS, "what to score; raw: pixels", choices=ROWS)
-    pool: str = flag("own", "image feature: the method's own; CLS, or the mean of registers or "
-                     "proxies; mean of patches; both", choices=("own", "cls", "mean", "both"))
-    layer: int = flag(-1, "use this block's output, from 0; -1: what `encode` returns", -1)
+    rows: tuple[str, ...] = flag(ROWS, "encoders to score; raw: raw pixels", choices=ROWS)
+    pool: str = flag("own", "image feature. own: the method's; cls: CLS, or the mean of registers "
+                     "or proxies; mean: of patches", choices=("own", "cls", "mean", "both"))
+    layer: int = flag(-1, "take the output of this block, counted from 0; -1: of `encode`", -1)
     held_out: bool = flag(False, "score on every tenth training image, not on the test set")
-    limit: int = flag(0, "most images of a set; 0: all, attentive 4096, seg- 1024", 0)
-    epochs: int = flag(50, "of linear, attentive and seg-linear", 1)
-    finetune_epochs: int = flag(10, "of finetune", 1)
-    finetune_lr: float = flag(2e-3, "its peak learning rate per 256 images", 0, 1e30)
-    layer_decay: float = flag(0.75, "its learning rate falls by this factor per layer", 0, 1)
-    drop_path: float = flag(0.1, "its drop path in the last block, rising from 0", 0, 0.9)
+    limit: int = flag(0, "most images per set; 0: all, but attentive 4096, seg- 1024", 0)
+    epochs: int = flag(50, "epochs of linear, attentive and seg-linear", 1)
+    finetune_epochs: int = flag(10, "epochs of finetune", 1)
+    finetune_lr: float = flag(2e-3, "finetune: peak learning rate for a batch of 256", 0, 1e30)
+    layer_decay: float = flag(0.75, "finetune: a layer's learning rate over the next one's", 0, 1)
+    drop_path: float = flag(0.1, "finetune: drop path of the last block, rising from 0", 0, 0.9)
     masks: tuple[str, ...] = flag((), "folders of the masks (.png) for train/ and val/")
-    ignore: int = flag(255, "label in the masks that does not count")
+    ignore: int = flag(255, "label in the masks to leave out")
     picture: bool = flag(False, "draw PCA colours of the patches, and the method's pictures")
     images: tuple[str, ...] = flag((), "image files to draw; default: 8 of the test set")
     export: str = flag("", "write the encoder to this .pt or .safetensors file")
     data: str = flag("", "as in training; default: the run's")
     data_root: str = flag("", "as in training; default: the run's")
     workers: int | None = flag(None, "as in training", 0)
-    seed: int = flag(0, "decides everything random", 0)
+    seed: int = flag(0, "random seed", 0)
     device: str = flag("auto", "as in training", choices=("auto", "cpu", "cuda", "mps"))
     amp: str = flag("auto", "as in training", choices=("auto", "bf16", "fp16", "off"))
 
@@ -94,7 +94,7 @@ class Config:
 
 @contextlib.contextmanager
 def reading(what):
-    """On a damaged file decoders and torch may raise any exception: raise one line instead."""
+    """On a damaged file decoders and torch may raise any exception: raise BadInput instead."""
     try:
         yield
     except Exception as error:
@@ -107,10 +107,10 @@ def load_model(cfg):
     from_run = "method" in state and "config" in state
     if from_run and (cfg.method or cfg.model or cfg.patch_size):
         raise BadInput(f"{cfg.checkpoint} is a checkpoint of {state['method']}; --method, --model "
-                       "and --patch-size are for files of the authors")
+                       "and --patch-size are for the authors' weights")
     method = state["method"] if from_run else cfg.method
     if not str(method).isidentifier():
-        raise BadInput(f"{cfg.checkpoint}: not from a run; a file of the authors needs --method")
+        raise BadInput(f"{cfg.checkpoint}: not from a run; the authors' weights need --method")
     sizes = dict(zip(("dim", "depth", "heads"), MODELS.get(cfg.model, ())))
     sizes |= {"img_size": cfg.img_size, "patch_size": cfg.patch_size}
     sizes = {name: size for name, size in sizes.items() if size}
@@ -130,7 +130,8 @@ def load_model(cfg):
 
 
 def encoder_of(model, cfg):
-    """A function images -> pooled [B, F], patches [B, N, D], as --pool and --layer say."""
+    """Return a function images -> pooled [B, F], patches [B, N, D], following --pool and
+    --layer."""
     blocks = model.get_submodule(model.encoder_name).blocks
     if cfg.layer >= len(blocks):
         raise BadInput(f"--layer {cfg.layer}: the encoder has the blocks 0 to {len(blocks) - 1}")
@@ -140,9 +141,9 @@ def encoder_of(model, cfg):
         hook = blocks[cfg.layer].register_forward_hook(lambda m, args, out: outputs.append(out))
         own, patches = model.encode(images)
         hook.remove()
-        extra = outputs[0].shape[1] - patches.shape[1]  # CLS, registers or proxies stand in front
+        extra = outputs[0].shape[1] - patches.shape[1]  # CLS, registers or proxies come first
         if cfg.pool in ("cls", "both") and extra == 0:
-            raise BadInput(f"--pool {cfg.pool}: this encoder has only patches")
+            raise BadInput(f"--pool {cfg.pool}: this encoder has no CLS, registers or proxies")
         cls = outputs[0][:, :extra].mean(1)
         if cfg.layer >= 0:
             patches = outputs[0][:, extra:]
@@ -163,11 +164,11 @@ def check_finite(features):
 # -- data
 
 def labels_of(mask):
-    """A PIL image -> the class of each pixel, uint8 [H, W]: a palette image's indices."""
+    """A PIL image -> the class of each pixel, uint8 [H, W]; of a palette image, its indices."""
     labels = np.asarray(mask)
     if labels.ndim == 3:
         if (labels != labels[..., :1]).any():
-            raise ValueError("a mask in colours; one number per pixel is needed")
+            raise ValueError("the mask is in colour; it needs one label per pixel")
         labels = labels[..., 0]
     if labels.dtype.kind == "f" or labels.min() < 0 or labels.max() > 255:
         raise ValueError("the labels of a mask must be integers from 0 to 255")
@@ -175,7 +176,7 @@ def labels_of(mask):
 
 
 def masked_set(cfg, split, folder):
-    """The largest central crops of the images in --data/split and of their masks, in memory."""
+    """The largest central crops of the images in DATA/split and of their masks, in memory."""
     root, size = Path(cfg.data, split), pair(cfg.img_size)
     folder = Path(cfg.data, folder) if Path(cfg.data, folder).is_dir() else Path(folder)
     images, maps = [], []
@@ -205,8 +206,8 @@ def subset(data, ids):
 
 
 def load_sets(cfg, trained, run):
-    """-> training set, test set (None without labels), and what the test set is. The pre-training
-    may have seen held-out images too, but not their labels."""
+    """-> training set, test set (None without labels), and how the test set was chosen. The
+    pre-training may have seen held-out images too, but not their labels."""
     if len(cfg.masks) > 2:
         raise BadInput("--masks takes one folder, or one for train/ and one for val/")
     if cfg.masks:
@@ -215,21 +216,21 @@ def load_sets(cfg, trained, run):
     else:
         train_set, test_set = load_data(trained, run)
     if test_set is not None and not cfg.held_out:
-        return train_set, test_set, "its own"
+        return train_set, test_set, "the data's own"
     held_out, others = every_tenth(train_set) if train_set.labels else ([], [])
     if len(held_out):
         text = "every tenth training image; the probes are fitted on the others"
         return subset(train_set, others), subset(train_set, held_out), text
     if cfg.held_out:
-        raise BadInput("--held-out needs labels, ten images, and two of the same class")
+        raise BadInput("--held-out needs labels, at least ten images, and two of one class")
     return train_set, None, ""
 
 
-# -- probes: each returns its scores in %, and what it chose
+# -- probes: each returns its scores in %, and the settings that it chose
 
 class Heads(nn.Module):
-    """A linear classifier for each setting of GRID. With `queries`, each has 8 learned queries that
-    attend to the patches, and each query sums its own eighth of the channels."""
+    """A linear classifier for each setting of GRID. With `queries`, each classifier has 8 learned
+    queries that attend to the patches, and each query sums its own eighth of the channels."""
 
     def __init__(self, dim, classes, queries):
         super().__init__()
@@ -249,9 +250,9 @@ class Heads(nn.Module):
 
 
 def fit_heads(x, y, test, classes, cfg, queries=False):
-    """Training features x [n, F] or [n, N, F] with labels y [n] or shares of classes [n, classes],
-    and test features -> the test logits [m, classes] of the head that is best on a held-out tenth
-    of x; what was chosen."""
+    """Fit all heads to features x [n, F] or [n, N, F] with labels y [n] or shares of classes
+    [n, classes]. Return the test logits [m, classes] of the head that is best on a held-out tenth
+    of x, and its settings."""
     torch.manual_seed(cfg.seed)
     var, mean = torch.var_mean(x.float().flatten(0, -2), 0, correction=0)
     x, test = [(features.float() - mean) / (var + 1e-6).sqrt() for features in (x, test)]
@@ -313,8 +314,8 @@ def probe_images(probe, train, test, train_set, test_set, cfg):
 
 
 def patch_labels(maps, p, classes, ignore):
-    """Maps [n, H, W] -> the share of each class among the pixels of a patch that count
-    [n, N, classes]; zero if none counts."""
+    """Maps [n, H, W] -> the shares of the classes in each patch [n, N, classes]. Ignored pixels are
+    left out; all shares are zero if every pixel is ignored."""
     maps = maps.long().masked_fill(maps == ignore, classes)
     pixels = patchify(maps[:, None], p)  # [n, N, p * p]
     counts = torch.zeros(*pixels.shape[:2], classes + 1)
@@ -337,8 +338,8 @@ def probe_pixels(probe, train, test, train_set, test_set, p, cfg):
     labels = torch.cat([train_set.maps.unique(), test_set.maps.unique()]).unique()
     labels = labels[labels != cfg.ignore]
     if len(labels) < 2:
-        raise BadInput(f"--masks: besides --ignore {cfg.ignore} they have the labels "
-                       f"{labels.tolist()}; it takes two")
+        raise BadInput(f"--masks: besides --ignore {cfg.ignore} there are only the labels "
+                       f"{labels.tolist()}; at least two are needed")
     classes, grid = int(labels.max()) + 1, patch_grid(test_set.maps.shape[1:], p)
     shares = patch_labels(train_set.maps, p, classes, cfg.ignore).flatten(0, 1)
     order = torch.randperm(len(shares), generator=torch.Generator().manual_seed(cfg.seed))
@@ -359,8 +360,8 @@ def probe_pixels(probe, train, test, train_set, test_set, p, cfg):
 
 
 def drop_path(rate):
-    """A forward hook: in training, drop a branch of a block for some images and scale it up for the
-    others. Evaluation runs without gradients."""
+    """A forward hook: drop a branch of a block for some images and scale it up for the others. It
+    does nothing without gradients, which is how evaluation runs."""
     def hook(module, args, out):
         if not torch.is_grad_enabled():
             return out
@@ -370,11 +371,12 @@ def drop_path(rate):
 
 
 def layer_of(name, depth):
-    """The layer of an encoder's parameter: 0 before the blocks, 1 to depth in them, or above."""
+    """The layer of an encoder's parameter: 0 before the blocks, 1 to depth in them, depth + 1
+    after them."""
     first, *rest = name.split(".")
     if first == "blocks":
         return int(rest[0]) + 1
-    return depth + 1 if rest and first != "patch_embed" else 0  # tokens and positions have no dot
+    return depth + 1 if rest and first != "patch_embed" else 0  # tokens, positions: no dot
 
 
 def finetune(model, train_set, test_set, cfg, trained, run):
@@ -384,7 +386,7 @@ def finetune(model, train_set, test_set, cfg, trained, run):
     trained = replace(trained, batch_size=batch, seed=cfg.seed, crop_scale=(0.35, 1.0))
     run = replace(run, cfg=trained)
     name, y = next(iter(train_set.labels.items()))
-    model = copy.deepcopy(model).eval()  # eval: without the drop path of the pre-training
+    model = copy.deepcopy(model).eval()  # eval() disables pre-training's drop path
     encode, encoder = encoder_of(model, cfg), model.get_submodule(model.encoder_name)
     with torch.no_grad():
         images, _ = next(eval_batches(trained, run, test_set, torch.arange(1)))
@@ -419,17 +421,9 @@ def finetune(model, train_set, test_set, cfg, trained, run):
 
 # -- files
 
-def write_file(path, content):
-    """Write a temporary file, then rename it: what stands at `path` is always complete."""
-    part = path.with_name(path.name + ".part")
-    with writing(path):
-        part.write_bytes(content)
-        os.replace(part, path)
-
-
 @torch.no_grad()
 def draw_pictures(model, cfg, trained, run, data, folder):
-    """PNG files in `folder`, of --images or of the first 8 images of `data`."""
+    """Write PNG files to `folder`: of --images, or of the first 8 images of `data`."""
     size, given = pair(trained.img_size), []
     for name in cfg.images:
         with reading(f"--images {name}"):
@@ -444,24 +438,24 @@ def draw_pictures(model, cfg, trained, run, data, folder):
     grid, names = patch_grid(size, model.patch_size), ["eval_pca.png"]
     colours = pca_colours(patches, grid, size)
     save_picture(folder / names[0], {"input": denormalise(images, trained), "features": colours})
-    if grid == tuple(model.grid):  # a decoder knows the places of its own grid only
+    if grid == tuple(model.grid):  # a decoder has positions for its own grid only
         names += save_pictures(model, images, trained, folder, prefix="eval_")
-    run.say(f"drawn: {' '.join(names)}")
+    run.say(f"wrote {' '.join(names)}")
 
 
 def timm_state(model):
-    """-> the encoder under the names of timm's ViT, and the call that makes the ViT it fits."""
+    """-> the encoder under the names of timm's ViT, and the call that builds a matching ViT."""
     encoder, p = model.get_submodule(model.encoder_name), model.patch_size
     parts = ("cls_token", "pos_embed", "patch_embed", "blocks", "norm")
     state = {name: t.cpu() for name, t in encoder.state_dict().items()
              if name.split(".")[0] in parts}
     if (not {"cls_token", "pos_embed", "blocks.0.norm1.bias"} <= state.keys()
             or state["cls_token"].shape[1] != 1):
-        raise BadInput("--export: no timm ViT, which has one CLS token, positions and LayerNorm")
+        raise BadInput("--export: not a timm ViT, which has one CLS token, positions and LayerNorm")
     dim, in_chans, _, _ = state["patch_embed.proj.weight"].shape
     if state["pos_embed"].shape[1] == math.prod(model.grid):  # no position for CLS
         state["pos_embed"] = F.pad(state["pos_embed"], (0, 0, 1, 0))
-    for i in range(len(encoder.blocks)):  # no bias, or none for k
+    for i in range(len(encoder.blocks)):  # without bias, or without k's: zeros
         name, zero = f"blocks.{i}.attn.", torch.zeros(dim)
         q, v = state.pop(name + "q_bias", zero), state.pop(name + "v_bias", zero)
         state.setdefault(name + "qkv.bias", torch.cat([q, zero, v]))
@@ -487,21 +481,23 @@ def safetensors(state):
 
 
 def export(model, cfg):
-    path, buffer = Path(cfg.export), io.BytesIO()
+    path = Path(cfg.export)
     if path.exists() and path.samefile(cfg.checkpoint):
         raise BadInput(f"--export {path}: this is the checkpoint itself")
     state, call = timm_state(model)
-    torch.save(state, buffer)
-    content = safetensors(state) if path.suffix == ".safetensors" else buffer.getvalue()
-    write_file(path, content)
-    print(f"{path}: {len(state)} tensors for\n{call}")
+    with writing(f"--export {path}"), whole_file(path) as file:
+        if path.suffix == ".safetensors":
+            file.write(safetensors(state))
+        else:
+            torch.save(state, file)
+    print(f"{path}: {len(state)} tensors; build the model with\n{call}")
     return 0
 
 
 # -- the program
 
 def choose_probes(cfg, test_set, run):
-    """Refuse, before any time is spent, what the data or the device do not allow."""
+    """Before any work, reject probes that the data or --amp do not allow."""
     labels, maps = getattr(test_set, "labels", {}), getattr(test_set, "maps", None)
     if cfg.picture and not cfg.probe and not labels:
         run.say("--data has no labelled test images: pictures only")
@@ -509,9 +505,9 @@ def choose_probes(cfg, test_set, run):
     probes = cfg.probe or ("knn", "linear")
     for probe in probes:
         if probe.startswith("seg-") and maps is None:
-            raise BadInput(f"--probe {probe} needs labels of pixels: --data shapes, or --masks")
+            raise BadInput(f"--probe {probe} needs pixel labels: --data shapes, or --masks")
         if not probe.startswith("seg-") and not labels:
-            raise BadInput(f"--probe {probe} needs labels; --data has none, or too few images")
+            raise BadInput(f"--probe {probe} needs labels; --data has none or too few images")
     if "finetune" in probes and run.amp is torch.float16:
         raise BadInput("--amp fp16: finetune does not scale its loss; use bf16 or off")
     return probes
@@ -523,7 +519,7 @@ def extract(encode, kind, data, trained, run):
         return pooled.float() if kind == "pooled" else patches.half()
     features, _ = features_of(encode, trained, run, data, torch.arange(len(data)), take)
     check_finite(features)
-    return features.cpu() if run.main else None
+    return features.cpu() if run.is_main else None
 
 
 def evaluate(cfg):
@@ -531,7 +527,7 @@ def evaluate(cfg):
     method, trained, model, untrained = load_model(cfg)
     if cfg.export:
         return export(model, cfg)
-    world = os.environ.get("WORLD_SIZE", "1")  # `start` wants a batch that the processes divide
+    world = os.environ.get("WORLD_SIZE", "1")  # the batch must be divisible by it
     trained, run = start(replace(
         trained, data=cfg.data or trained.data, data_root=cfg.data_root or trained.data_root,
         img_size=cfg.img_size or trained.img_size, workers=cfg.workers, device=cfg.device,
@@ -542,7 +538,7 @@ def evaluate(cfg):
     probes = choose_probes(cfg, test_set, run)
     models = {"trained": model.to(run.device), "untrained": untrained.to(run.device)}
     alone = replace(run, rank=0, world=1, local_world=1)
-    if cfg.picture and run.main:
+    if cfg.picture and run.is_main:
         draw_pictures(model, cfg, trained, alone, test_set or train_set, path.parent)
 
     encoders = {row: encoder_of(models[row], cfg) for row in cfg.rows if row != "raw"}
@@ -560,15 +556,15 @@ def evaluate(cfg):
     def features(row, kind, most):
         return [extract(encoders[row], kind, data, trained, run) for data in sets(most)]
 
-    # All processes extract all features. Then the first fits the probes, and the others leave: to
-    # wait for it they would need a long time-out.
+    # The processes share the extraction of features. Then rank 0 fits the probes and the others
+    # exit; waiting for it would need a long time-out.
     for probe, row in jobs:
         if probe != "finetune":
             features(row, *PROBES[probe])
     if run.world > 1:
         dist.barrier()
         dist.destroy_process_group()
-    if not run.main or not jobs:
+    if not run.is_main or not jobs:
         return 0
 
     scores, chosen = {row: {} for row in encoders}, {row: {} for row in encoders}
@@ -591,14 +587,15 @@ def evaluate(cfg):
         "data": trained.data, "img_size": trained.img_size, "train": len(train_set),
         "test": len(test_set), "test_set": which, "amp": str(run.amp), "torch": torch.__version__,
         "crop": f"centre, {test_set.margin} of the shorter side",
-        "knn": "cosine, features as they are, votes exp(cosine / 0.07)",
+        "knn": "cosine, features not standardised, votes exp(cosine / 0.07)",
         "heads": f"on standardised features, AdamW, betas 0.9 0.99, lr {RATES}, decay {DECAYS}"}
     report = {"protocol": protocol, "scores": scores, "chosen": chosen}
     with contextlib.suppress(Exception):  # the file may be damaged
         last = json.loads(path.read_text())
         report["before"] = [last, *last.pop("before", [])]
-    write_file(path, json.dumps(report, indent=1).encode())
-    run.say(f"written: {path}")
+    with writing(path), whole_file(path) as file:
+        file.write(json.dumps(report, indent=1).encode())
+    run.say(f"wrote {path}")
     return 0
 
 

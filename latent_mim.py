@@ -1,40 +1,44 @@
 """Towards Latent Masked Image Modeling for Self-Supervised Visual Representation Learning
 (Wei et al., arXiv 2407.15837).
 
-As in MAE most patches are hidden. But what is predicted is not their pixels: it is what a teacher,
-a slow moving average of the encoder, makes of them. The danger is that both agree to say nothing.
-Four things prevent it: the teacher moves slowly; a prediction has to tell its own patch from all
-others of the image; patches are cut with gaps, so that a neighbour's edge gives nothing away; and
-the similarity of an image's tokens is held to a schedule.
+As in MAE, most patches are masked. But the decoder does not predict their pixels. It predicts a
+teacher's features of them; the teacher is a slow moving average of the encoder. The danger is that
+student and teacher agree to say nothing. Four things prevent it: the teacher moves slowly; a
+prediction must be more similar to its own target than to those of the image's other masked patches;
+patches are cut with gaps, so that a neighbour's edge does not reveal them; and a loss term keeps
+the similarity of an image's tokens on a schedule.
 
   images [B, C, G (p + g), G (p + g)]: G x G cells of p + g pixels
     1. a random p x p crop of each cell: patches [B, N, P]             cell_crops
-    2. CLS + 20 of 196 patches, random -> projected [B, 1 + V, D]      draw_mask, encoder
-    3. CLS + hidden patches -> targets [B, M, D], no gradient          teacher
-    4. mask tokens with visual cues look at 2. -> pred [B, M, D]       decoder
-    5. each prediction must find its target among the image's own      patch_discrimination
+    2. CLS + a random 20 of 196 patches -> projected [B, 1 + V, D]     draw_mask, encoder
+    3. CLS + the masked patches only -> targets [B, M, D], no gradient teacher
+    4. mask tokens with visual cues attend to 2 -> pred [B, M, D]      decoder
+    5. cross-entropy: which of the M targets, temperature 0.2          patch_discrimination
        + 0.1 (s(pred) - s*)^2 + 0.1 (s(visible) - s*)^2                similarity
        where s* falls from 0.75 to 0.25
-  An image's feature is the mean of its patch tokens before the final norm (`encode`, no gaps).
-  In the log, s_target near 1 is a collapse: the teacher says the same of every patch.
+  Positions are fixed sin-cos functions of a patch's cell, in encoder and decoder.
+  An image's feature is the mean of the student's patch tokens before the final norm (`encode`, on
+  images without gaps). In the log, s_target near 1 means collapse: the teacher gives all patches of
+  an image the same target.
+  Letters: B images, N patches of P = p * p * C numbers, V visible, M masked; width D, decoder E.
 
   python latent_mim.py                                                     the demo
   python latent_mim.py --data DIR --img-size 96 --out runs/mine-latent     any folder of images
-  python latent_mim.py --loss l2 --ema 0 0 --sim-coeff 0 --out runs/naive  figure 3: it collapses
+  python latent_mim.py --loss l2 --ema 0 0 --sim-coeff 0 --out runs/naive  figure 3: collapses
   torchrun --nproc_per_node 8 latent_mim.py --out runs/latent-base --data DIR --img-size 224 \
       --model base --batch-size 4096 --epochs 800 --warmup-epochs 40 --base-lr 1.5e-4 \
       --proj-dim 4096 --decoder-dim 512 --decoder-depth 3 --decoder-heads 16 \
-      --clip-grad 0                                      the paper's recipe; not run at that scale
+      --clip-grad 0                                      the paper's recipe; we have not run it
 
 Differs from the authors' program:
-- s is the mean over the images of all processes, so that two processes equal one; theirs is over
-  those of one. At their 256 images per process this changes the loss by 1e-6 of it.
-- The visible patches are a share instead of a count, so that small grids work.
-- `--loss l2` is their `norm_l2`, the only L2 objective that they have.
+- s is averaged over the images of all processes, so that two processes equal one; theirs over each
+  process alone. At their 256 images per process the loss changes by 1e-6 of itself. As in theirs,
+  s is one micro-batch's: `--accum` changes the loss a little.
+- `--visible-share` replaces their count of visible patches, so that small grids work.
 - Gradients are clipped to norm 1; `--clip-grad 0` disables this, as in the paper.
-- Batches run across the end of an epoch; theirs drops the last incomplete batch.
-- Mixed precision is bf16; theirs is fp16 with a loss scaler (`--amp fp16`).
-24 recorded steps of their program agree: tests/test_trajectories.py.
+- A batch may span two epochs; theirs drops the last incomplete batch of an epoch.
+- Mixed precision is bf16; theirs is fp16 with a loss scaler, here `--amp fp16`.
+tests/test_trajectories.py repeats 24 recorded steps of their program: losses agree within 1e-5.
 """
 
 import copy
@@ -56,47 +60,45 @@ from common import (Attention, BadInput, Block, Checkpoint, Look, Meter, Mlp, Pa
 norm = partial(nn.LayerNorm, eps=1e-6)  # of encoder and decoder; the projector's have 1e-5
 
 
-# --------------------------------------------------------------------------------------------------
-# Config: the method's own flags, and the defaults that it changes. They are the demo's.
-# --------------------------------------------------------------------------------------------------
+# ---- Config: own flags and changed defaults. The defaults are the demo's.
 
 @dataclass(frozen=True)
 class Config(TrainConfig):
-    visible_share: float = flag(20 / 196, "share of the patches that is visible", 0, 1)
-    gap: int | None = flag(None, "g; default a quarter of the patch, the paper's", 0)
+    visible_share: float = flag(20 / 196, "share of the patches that are visible", 0, 1)
+    gap: int | None = flag(None, "gap g in pixels; default, the paper's: a quarter of a patch", 0)
     proj_dim: int = flag(384, "hidden width of the projector; the paper's is 4096", 1)
     decoder_dim: int = flag(64, "width of the decoder; the paper's is 512", 1)
     decoder_depth: int = flag(2, "blocks of the decoder; the paper's is 3", 1)
     decoder_heads: int = flag(2, "heads of the decoder; the paper's is 16", 1)
-    loss: str = flag("patch", "patch discrimination, or squared distance to normalised targets",
-                     choices=["patch", "l2"])
+    loss: str = flag("patch", "patch discrimination; or l2, squared distance to normalised targets "
+                     "(the authors' norm_l2)", choices=["patch", "l2"])
     tau: float = flag(0.2, "temperature of the patch discrimination", 0.01, 100)
     sim_coeff: float = flag(0.1, "weight of the two similarity terms", 0, 1e6)
-    sim_target: tuple[float, ...] = flag((0.75, 0.25), "first and last s*; a cosine between", -1, 1)
-    ema: tuple[float, ...] = flag((0.99, 1.0), "first and last momentum of the teacher; a cosine "
-                                  "between", 0, 1)
+    sim_target: tuple[float, ...] = flag((0.75, 0.25), "first and last similarity s* that the loss "
+                                         "aims at; cosine schedule", -1, 1)
+    ema: tuple[float, ...] = flag((0.99, 1.0), "first and last momentum of the teacher; cosine "
+                                  "schedule", 0, 1)
     epochs: int = 6
-    base_lr: float = 6e-3  # the paper's 1.5e-4 is for ViT-B and 800 epochs
+    base_lr: float = 6e-3  # per 256 images; the paper's 1.5e-4 is for ViT-B, 800 epochs
     out: str = "runs/latent_mim"
+    # As in common.py: 1 epoch of warm-up; weight decay 0.05 and betas 0.9, 0.95, the paper's.
 
 
-# --------------------------------------------------------------------------------------------------
-# What the paper adds: patches with gaps, a decoder that looks at the context, the losses
-# --------------------------------------------------------------------------------------------------
+# ---- What the paper adds: patches with gaps, cross-attention, the losses
 
 def cell_crops(images, grid, p, offsets):
-    """One p x p patch of each cell: images [B, C, gh * (p + g), gw * (p + g)], offsets [B, N, 2] of
-    0..g-1 -> [B, N, P]."""
+    """Cut a p x p patch out of each cell: images [B, C, gh * (p + g), gw * (p + g)], offsets
+    [B, N, 2] in 0..g-1 -> [B, N, P]."""
     chans = images.shape[1]
     cell = images.shape[2] // grid[0]
     cells = patchify(images, cell)  # [B, N, cell * cell * C]
     if cell == p:  # no gaps
         return cells
-    # Where the numbers of a patch lie, if it is in its cell's corner, and how far it is from there.
-    numbers = torch.arange(cell * cell * chans, device=images.device).view(cell, cell, chans)
-    inside = numbers[:p, :p].flatten()  # [P]
-    corner = (offsets[..., 0] * cell + offsets[..., 1]) * chans  # [B, N]
-    return cells.gather(2, corner[..., None] + inside)
+    # The loop would be: out[b, n] = cells[b, n][row:row + p, column:column + p].flatten()
+    index = torch.arange(cell * cell * chans, device=images.device).view(cell, cell, chans)
+    index = index[:p, :p].flatten()  # [P], of the patch in the cell's corner
+    shift = (offsets[..., 0] * cell + offsets[..., 1]) * chans  # [B, N]
+    return cells.gather(2, shift[..., None] + index)
 
 
 class CrossAttention(nn.Module):
@@ -110,10 +112,11 @@ class CrossAttention(nn.Module):
     def forward(self, x, context):  # [B, Q, E], [B, T, E] -> [B, Q, E]
         q = self.q_proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B, heads, Q, d]
         k, v = self.kv_proj(context).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        # k, v [B, heads, T, d]
         return self.proj(attend(q, k, v).transpose(1, 2).flatten(2))
 
 
-class CrossBlock(nn.Module):  # queries look at each other, then at the context
+class CrossBlock(nn.Module):  # queries attend to each other, then to the context
     def __init__(self, dim, heads):
         super().__init__()
         self.norm1 = norm(dim)
@@ -131,37 +134,36 @@ class CrossBlock(nn.Module):  # queries look at each other, then at the context
 
 
 def patch_discrimination(pred, target, tau):
-    """Cross-entropy over the targets of the SAME image: [B, M, D] twice -> scalar. Predictions are
-    first standardised over the image's patches, which removes what they have in common."""
+    """Cross-entropy over the targets of the SAME image: pred, target [B, M, D] -> scalar. The
+    predictions are first normalised over the image's patches, which removes their mean. The factor
+    2 tau is the authors'."""
     pred = (pred - pred.mean(1, keepdim=True)) / (pred.std(1, keepdim=True) + 1e-4)
     logits = F.normalize(pred, dim=-1) @ F.normalize(target, dim=-1).mT / tau  # [B, M, M]
     return -2 * tau * logits.log_softmax(-1).diagonal(dim1=1, dim2=2).mean()
 
 
 def normalised_l2(pred, target):
-    """Mean squared error to targets that are standardised per token."""
+    """Mean squared error to targets that are normalised per token; pred is not normalised."""
     return F.mse_loss(pred, F.layer_norm(target, target.shape[-1:], eps=1e-6))
 
 
 def similarity(tokens):
-    """s: the mean cosine over all pairs of an image's tokens [B, T, D], self pairs included, which
-    is the squared length of the mean direction; then the mean over images."""
+    """s: the mean cosine over all pairs of an image's tokens [B, T, D], self pairs included,
+    averaged over images. It equals the squared length of the mean unit vector."""
     return F.normalize(tokens, dim=-1).mean(1).square().sum(-1).mean()
 
 
 def over_ranks(value):
     """A mean over this process's images -> the mean over all processes, with this one's gradient.
-    s enters the loss squared: the mean of the ranks' losses is not the loss of the whole batch."""
+    s enters the loss squared, so the mean of the ranks' losses is not the loss of the batch."""
     if not dist.is_initialized():
         return value
-    whole = value.detach().clone()
-    dist.all_reduce(whole)
-    return value + (whole / dist.get_world_size() - value.detach())
+    total = value.detach().clone()
+    dist.all_reduce(total)
+    return value + (total / dist.get_world_size() - value.detach())
 
 
-# --------------------------------------------------------------------------------------------------
-# Model
-# --------------------------------------------------------------------------------------------------
+# ---- Model
 
 class Projector(nn.Sequential):
     def __init__(self, dim, hidden):
@@ -174,7 +176,8 @@ class Projector(nn.Sequential):
 
 
 def positions(grid, dim):
-    """Sin-cos positions [1, 1 + N, dim] of G coordinates from 0 to G inclusive. CLS is zero."""
+    """Sin-cos positions [1, 1 + N, dim]. As in the authors' program the n coordinates of an axis
+    are evenly spaced from 0 to n, not to n - 1. CLS is zero."""
     rows, cols = (torch.linspace(0, 1, n) * n for n in grid)
     return F.pad(sincos_2d(dim, rows, cols), (0, 0, 1, 0))
 
@@ -191,13 +194,13 @@ class Encoder(nn.Module):
         self.norm = norm(dim)
         self.head = Projector(dim, proj_dim)
 
-    def tokens(self, patches, pos):  # [B, T, P], [B or 1, T, D] -> [B, 1 + T, D], before the norm
+    def tokens(self, patches, pos):  # [B, T, P], [B or 1, T, D] -> [B, 1 + T, D] before the norm
         x = self.patch_embed(patches) + pos
         return self.blocks(torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1))
 
-    def forward(self, patches, ids):  # [B, N, P], [B, T], which it sees -> projected [B, 1 + T, D]
+    def forward(self, patches, ids):  # patches [B, N, P], ids [B, T] of those it sees
         x = self.tokens(gather(patches, ids), gather(self.pos_embed[:, 1:], ids))
-        return self.head(self.norm(x))
+        return self.head(self.norm(x))  # projected [B, 1 + T, D]
 
 
 class Decoder(nn.Module):
@@ -215,11 +218,13 @@ class Decoder(nn.Module):
         context = self.embed(latent)  # [B, 1 + V, E]
         pos_visible = gather(self.pos_embed[:, 1:], ids_visible)
         pos_masked = gather(self.pos_embed[:, 1:], ids_masked)
-        # The visual cue: the mean of the visible patches, weighted by how near their positions are
-        # [B, M, V]. In bf16 the weights would be off by several percent.
+        # The visual cue is the mean of the visible tokens, weighted by how similar their positions
+        # are. In bf16 the weights would be off by several percent.
         with torch.autocast(latent.device.type, enabled=False):
-            near = (pos_masked @ pos_visible.mT / pos_masked.shape[-1] ** 0.5).softmax(-1)
-        queries = self.mask_token + near @ context[:, 1:] + pos_masked  # [B, M, E]
+            weights = pos_masked @ pos_visible.mT / pos_masked.shape[-1] ** 0.5
+            weights = weights.softmax(-1)  # [B, M, V]
+        queries = self.mask_token + weights @ context[:, 1:] + pos_masked  # [B, M, E]
+        # Masked patches can also attend to a CLS query. Its own output is dropped.
         queries = torch.cat([self.cls_token.expand(len(queries), -1, -1), queries], 1)
         context = torch.cat([context[:, :1], context[:, 1:] + pos_visible], 1)
         for block in self.blocks:
@@ -228,41 +233,45 @@ class Decoder(nn.Module):
 
 
 class LatentMIM(nn.Module):
-    encoder_name, pool = "encoder", "mean"  # for evaluate.py: the encoder, and the paper's feature
+    encoder_name = "encoder"  # for evaluate.py: the submodule with the blocks
+    pool = "mean"  # the paper's feature
 
     def __init__(self, img_size=224, patch_size=16, in_chans=3, dim=768, depth=12, heads=12,
                  decoder_dim=512, decoder_depth=3, decoder_heads=16, num_visible=20, proj_dim=4096,
                  gap=4, tau=0.2, sim_coeff=0.1, loss="patch"):
         super().__init__()
         self.grid = patch_grid(img_size, patch_size)
-        self.patch_size, self.gap = patch_size, gap
-        self.tau, self.sim_coeff, self.objective = tau, sim_coeff, loss
+        self.patch_size = patch_size  # p
+        self.gap = gap  # g
+        self.tau = tau
+        self.sim_coeff = sim_coeff
+        self.objective = loss
         self.num_patches = self.grid[0] * self.grid[1]  # N
         self.num_visible = num_visible  # V
         if not 2 <= num_visible <= self.num_patches - 2:
-            raise BadInput(f"--visible-share: {num_visible} of {self.num_patches} patches visible; "
-                           "at least two must be visible and two masked")
+            raise BadInput(f"--visible-share leaves {num_visible} of {self.num_patches} patches "
+                           "visible; at least two must be visible and two masked")
         self.encoder = Encoder(self.grid, patch_size, in_chans, dim, depth, heads, proj_dim)
         self.decoder = Decoder(self.grid, dim, decoder_dim, decoder_depth, decoder_heads)
         xavier_init(self)
-        nn.init.zeros_(self.encoder.patch_embed.proj.bias)  # a Linear's, in the authors' program
+        nn.init.zeros_(self.encoder.patch_embed.proj.bias)  # theirs is a Linear, with bias 0
         nn.init.normal_(self.encoder.cls_token, std=0.02)
         nn.init.normal_(self.decoder.cls_token, std=0.02)
         self.teacher = copy.deepcopy(self.encoder).requires_grad_(False)
 
     def draw_mask(self, noise):
-        """The mask rule: noise [B, N], uniform -> is_masked [B, N]."""
+        """noise [B, N], uniform -> is_masked [B, N]: the N - V patches with the least noise."""
         return random_mask(noise, self.num_patches - self.num_visible)
 
     def draw_offsets(self, noise):
-        """noise [B, N, 2], uniform -> the place of each patch in its cell, (row, column)."""
+        """noise [B, N, 2], uniform -> row and column of each patch in its cell, 0..g-1."""
         return (noise * self.gap).long()
 
     def forward(self, images, is_masked=None, num_visible=None, offsets=None, sim_target=0.25):
         """images [B, C, gh * (p + g), gw * (p + g)], normalised per channel by the data set's mean
         and standard deviation; is_masked [B, N] and offsets [B, N, 2], drawn if None; num_visible:
-        visible patches of each row, if it is not the model's own number; sim_target: s* -> loss,
-        logs. The teacher does not move: call `update_teacher`."""
+        visible patches per image, by default the model's; sim_target: s*. Returns loss, logs. Does
+        not move the teacher: call `update_teacher`."""
         B, N = len(images), self.num_patches
         if is_masked is None:
             is_masked = self.draw_mask(torch.rand(B, N, device=images.device))
@@ -282,8 +291,8 @@ class LatentMIM(nn.Module):
                 patch_loss = normalised_l2(pred, target)
             s_pred = over_ranks(similarity(pred))
             s_visible = over_ranks(similarity(latent[:, 1:].float()))
-            distance = (s_pred - sim_target).square() + (s_visible - sim_target).square()
-            loss = patch_loss + self.sim_coeff * distance
+            sim_loss = (s_pred - sim_target).square() + (s_visible - sim_target).square()
+            loss = patch_loss + self.sim_coeff * sim_loss
             logs = {"patch_loss": patch_loss, "s_pred": s_pred, "s_visible": s_visible,
                     "s_target": similarity(target), "pred_std": spread(pred),
                     "target_std": spread(target)}
@@ -294,9 +303,9 @@ class LatentMIM(nn.Module):
         update_ema(self.teacher, self.encoder, momentum)
 
     def encode(self, images):
-        """images without gaps, normalised as for `forward`, of any size that the patches divide ->
-        pooled [B, D], patches [B, N, D]. The student sees all patches. Both are BEFORE the final
-        norm; pooled, the paper's feature, is the mean of the patches."""
+        """images without gaps, normalised as for `forward`, of any size divisible by the patch size
+        -> pooled [B, D] and patches [B, N, D], both BEFORE the final norm. The student sees all
+        patches. pooled, the paper's feature, is their mean."""
         grid = patch_grid(images.shape[2:], self.patch_size)
         pos = resize_positions(self.encoder.pos_embed, self.grid, grid)[:, 1:]
         patches = self.encoder.tokens(patchify(images, self.patch_size), pos)[:, 1:]
@@ -309,14 +318,14 @@ class LatentMIM(nn.Module):
 
     @classmethod
     def from_released(cls, state_dict, **sizes):
-        """A model with the weights of the authors' file. `sizes` are the constructor's, by default
-        the paper's ViT-B."""
+        """A model with the authors' weights. `sizes` go to the constructor, whose defaults are the
+        paper's ViT-B."""
         model = cls(**sizes)
         state = {}
         for name, t in state_dict.get("state_dict", state_dict).items():
             name = name.removeprefix("module.").replace("target_encoder.", "teacher.")
             name = name.replace("pos_embed.pos_embeds", "pos_embed")
-            if name.endswith("pos_embed"):
+            if name.endswith("pos_embed"):  # theirs is [1 + N, D]
                 t = t[None]
             name = name.replace(".embed.proj.", ".patch_embed.proj.")
             if name.endswith("patch_embed.proj.weight"):  # a Linear over (row, column, channel)
@@ -328,13 +337,11 @@ class LatentMIM(nn.Module):
 Model = LatentMIM
 
 
-# --------------------------------------------------------------------------------------------------
-# Training
-# --------------------------------------------------------------------------------------------------
+# ---- Training
 
 def build(cfg):
     rows, columns = patch_grid(cfg.img_size, cfg.patch_size)
-    num_visible = max(2, round(cfg.visible_share * rows * columns))  # V, rounded to the nearest
+    num_visible = max(2, round(cfg.visible_share * rows * columns))  # V, rounded to nearest
     gap = cfg.patch_size // 4 if cfg.gap is None else cfg.gap
     return LatentMIM(**encoder_sizes(cfg), decoder_dim=cfg.decoder_dim,
                      decoder_depth=cfg.decoder_depth, decoder_heads=cfg.decoder_heads,
@@ -343,12 +350,13 @@ def build(cfg):
 
 
 def no_decay(name, p):
-    """Whatever is called bias, norm or embed has no weight decay; CLS and mask tokens have."""
+    """Parameters with bias, norm or embed in their names have no weight decay, so the patch
+    projection and `decoder.embed` have none either. CLS and mask tokens do."""
     return any(word in name for word in ("bias", "norm", "embed"))
 
 
 def train(cfg):
-    cfg, run = start(cfg)  # checks the flags, joins the processes, chooses device and dtype
+    cfg, run = start(cfg, "latent_mim")  # checks flags, joins processes, picks device and dtype
     torch.manual_seed(cfg.seed)
     model = build(cfg).to(run.device)
     train_set, val_set = load_data(cfg, run)
@@ -356,41 +364,40 @@ def train(cfg):
     optimizer = torch.optim.AdamW(param_groups(model, cfg.weight_decay, no_decay), betas=cfg.betas,
                                   fused=run.device.type != "mps")
     scaler = torch.amp.GradScaler(run.device.type, enabled=run.amp is torch.float16)
-    checkpoint = Checkpoint(cfg, run, "latent_mim", plan, model=model, optimizer=optimizer,
-                            scaler=scaler)
-    first = checkpoint.resume()  # the number of steps done, the same on every rank
-    ddp = run.wrap(model, plan.total)  # compiled, and in DDP for several processes
-    meter = Meter(cfg, run, "latent_mim", first, plan.total, scaler)
-    look = Look(cfg, run, model, train_set, val_set)
-    if first == 0:
+    checkpoint = Checkpoint(cfg, run, plan, model=model, optimizer=optimizer, scaler=scaler)
+    done = checkpoint.resume()  # steps, the same number on every rank
+    ddp = run.wrap(model, plan.total)  # compiles; adds DDP if there are several processes
+    meter = Meter(cfg, run, done, plan.total, scaler)
+    look = Look(cfg, run, model, train_set, val_set)  # k-NN, effective rank, pictures
+    if done == 0:
         meter.write_look(0, look(0))
 
-    size = [n * (model.patch_size + model.gap) for n in model.grid]  # of an image with its gaps
-    stream = train_batches(cfg, run, train_set, first, plan.total, size)
-    for step in run.steps(first, plan.total):  # a signal lets the step finish
+    size = [n * (model.patch_size + model.gap) for n in model.grid]  # image size with the gaps
+    stream = train_batches(cfg, run, train_set, done, plan.total, size)
+    for step in run.steps(done, plan.total):  # on a signal, the step is finished and saved
         lr = warmup_cosine(step - 1, plan.total, plan.warmup, plan.peak_lr,
                            first=0.25 * plan.peak_lr, last=0.25 * plan.peak_lr)
         momentum = cosine(step - 1, plan.total, *cfg.ema)
         sim_target = cosine(step - 1, plan.total, *cfg.sim_target)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        if step > 1:  # before the targets are computed; at first the teacher is a copy
+        if step > 1:  # before the targets are computed; in step 1 the teacher is a copy
             model.update_teacher(momentum)
-        # As a number, s* would be compiled anew each step.
+        # As a float, s* would be compiled anew in each step.
         s_star = torch.full((), sim_target, device=run.device)
+        # Noise for the global batch: masks do not depend on the number of processes.
+        shape = cfg.batch_size, model.num_patches
+        noise = draw(shape, run.device, "mask", cfg.seed, step)
+        offset_noise = draw((*shape, 2), run.device, "offsets", cfg.seed, step)
 
         for micro in range(cfg.accum):
             with meter.waiting_for_data():
                 images = next(stream)  # [m, C, H, W]
-            # The noise is the global batch's: a mask does not depend on the number of processes.
-            noise = draw((cfg.batch_size, model.num_patches), run.device, "mask", cfg.seed, step)
             is_masked = model.draw_mask(noise[run.rows(micro)])
-            noise = draw((cfg.batch_size, model.num_patches, 2), run.device, "offsets", cfg.seed,
-                         step)
-            offsets = model.draw_offsets(noise[run.rows(micro)])
+            offsets = model.draw_offsets(offset_noise[run.rows(micro)])
             ddp.require_backward_grad_sync = micro == cfg.accum - 1  # one all-reduce per step
             with run.autocast():
-                loss, logs = ddp(images, is_masked, model.num_visible, offsets, s_star)
+                loss, logs = ddp(images, is_masked, offsets=offsets, sim_target=s_star)
             scaler.scale(loss / cfg.accum).backward()
             meter.add(loss=loss, **logs)
 
@@ -402,17 +409,18 @@ def train(cfg):
         meter.step_done(grad_norm=grad_norm)
 
         if plan.reports_at(step) or run.asked_to_stop:
+            # The only synchronisation with the device.
             report = meter.report(step, lr=lr, momentum=momentum, sim_target=sim_target)
             if not report.finite:
-                return run.stop_not_finite(report)  # the last good checkpoint stays
+                return run.stop_not_finite(report)  # keeps the last good checkpoint
             if report["s_target"] > 0.995:
-                run.warn("collapse of the targets", "all patches of an image have the same target")
+                run.warn("collapse of the targets", "an image's patches have almost equal targets")
             if plan.saves_at(step) or report.stop:
                 checkpoint.save(step)
-            if report.stop:
-                return run.stop_by_signal(step)
             if plan.evaluates_at(step):
                 meter.write_look(step, look(step))
+            if report.stop and step < plan.total:
+                return run.stop_by_signal(step)
     meter.close()
     return 0
 

@@ -1,29 +1,30 @@
 """Masked Autoencoders Are Scalable Vision Learners (He et al., arXiv 2111.06377).
 
-Three quarters of an image's patches are hidden. The encoder sees the visible quarter only, which
-makes it cheap. A small decoder gets the encoder's output and a learned token at every hidden place,
-and predicts the hidden pixels. What the encoder knows of an image, it knows because the hidden part
-could not be guessed without it.
+Three quarters of an image's patches are masked. The encoder sees only the visible quarter, which
+makes it cheap. A small decoder gets the encoder's output and one learned mask token per masked
+patch, and predicts the masked pixels. They cannot be predicted without knowing what the image
+shows, so the encoder learns it.
 
   images [B, C, H, W]
     1. patches [B, N, P]; a random 75 % of them are masked                     draw_mask
-    2. visible patches + fixed positions, CLS in front -> latent [B, 1 + V, D] encode_visible
-    3. latent and mask tokens + positions -> masked patches [B, M, P]          decode
+    2. visible patches + sin-cos positions, CLS first -> latent [B, 1 + V, D]  encode_visible
+    3. (latent, mask tokens) + positions -> predictions [B, M, P]              decode
     4. mean squared error to the masked patches, each normalised               pixel_loss
   The decoder is dropped after training. An image's feature is CLS after the final norm (`encode`).
+  Letters: B images, N patches of P = p * p * C numbers, V visible, M masked; width D, decoder E.
 
-  python mae.py                                            the demo, on drawn pictures
+  python mae.py                                            the demo, on synthetic images
   python mae.py --data DIR --img-size 96 --out runs/mine   any folder of images
   torchrun --nproc_per_node 8 mae.py --out runs/mae-base --data DIR --img-size 224 --model base \
       --batch-size 4096 --epochs 800 --warmup-epochs 40 --base-lr 1.5e-4 --decoder-dim 512 \
-      --decoder-depth 8 --decoder-heads 16 --clip-grad 0   the paper's recipe; not run at that scale
+      --decoder-depth 8 --decoder-heads 16 --clip-grad 0   the paper's recipe; we have not run it
 
 Differs from the authors' program:
 - Gradients are clipped to norm 1; `--clip-grad 0` disables this, as in the paper.
-- Batches run across the end of an epoch; theirs drops the last incomplete batch.
-- Decoder tokens stand visible first, masked after; attention does not depend on their order.
-- Mixed precision is bf16; theirs is fp16 with a loss scaler (`--amp fp16`).
-24 recorded steps of their program agree: tests/test_trajectories.py.
+- A batch may span two epochs; theirs drops the last incomplete batch of an epoch.
+- The decoder's input is visible tokens, then masked ones; attention ignores the order.
+- Mixed precision is bf16; theirs is fp16 with a loss scaler, here `--amp fp16`.
+tests/test_trajectories.py repeats 24 recorded steps of their program: losses agree within 1e-5.
 """
 
 from dataclasses import dataclass
@@ -42,29 +43,26 @@ from common import (BadInput, Block, Checkpoint, Look, Meter, PatchEmbed, Plan, 
 norm = partial(nn.LayerNorm, eps=1e-6)  # of encoder and decoder
 
 
-# --------------------------------------------------------------------------------------------------
-# Config: the method's own flags, and the defaults that it changes. They are the demo's.
-# --------------------------------------------------------------------------------------------------
+# ---- Config: own flags and changed defaults. The defaults are the demo's.
 
 @dataclass(frozen=True)
 class Config(TrainConfig):
-    mask_ratio: float = flag(0.75, "share of the patches that is masked", 0, 1)
+    mask_ratio: float = flag(0.75, "share of the patches that are masked", 0, 1)
     norm_pix: bool = flag(True, "predict patches normalised by their own mean and variance")
     decoder_dim: int = flag(64, "width of the decoder; the paper's is 512", 1)
     decoder_depth: int = flag(1, "blocks of the decoder; the paper's is 8", 1)
     decoder_heads: int = flag(2, "heads of the decoder; the paper's is 16", 1)
     epochs: int = 16
-    base_lr: float = 6e-3  # the paper's 1.5e-4 is for ViT-B and 800 epochs
+    base_lr: float = 6e-3  # per 256 images; the paper's 1.5e-4 is for large models, 800 epochs
     out: str = "runs/mae"
+    # As in common.py: 1 epoch of warm-up; weight decay 0.05 and betas 0.9, 0.95, the paper's.
 
 
-# --------------------------------------------------------------------------------------------------
-# Loss
-# --------------------------------------------------------------------------------------------------
+# ---- Loss
 
 def normalise_patches(patches):
     """Subtract each patch's mean and divide by its (unbiased) standard deviation. Also returns
-    both: a picture needs them to undo it."""
+    both, which `reconstruct` needs to undo it."""
     mean = patches.mean(-1, keepdim=True)
     std = (patches.var(-1, keepdim=True) + 1e-6).sqrt()
     return (patches - mean) / std, mean, std
@@ -75,12 +73,11 @@ def pixel_loss(pred, target):
     return (pred.float() - target).square().mean()
 
 
-# --------------------------------------------------------------------------------------------------
-# Model
-# --------------------------------------------------------------------------------------------------
+# ---- Model
 
 class MAE(nn.Module):
-    encoder_name, pool = "", "cls"  # for evaluate.py: where the blocks are, and the paper's feature
+    encoder_name = ""  # for evaluate.py: the submodule with the blocks; here the model itself
+    pool = "cls"  # the paper's feature
 
     def __init__(self, img_size=224, patch_size=16, in_chans=3, dim=768, depth=12, heads=12,
                  decoder_dim=512, decoder_depth=8, decoder_heads=16, mask_ratio=0.75,
@@ -91,8 +88,9 @@ class MAE(nn.Module):
         self.num_patches = self.grid[0] * self.grid[1]  # N
         self.num_visible = int(self.num_patches * (1 - mask_ratio))  # V, rounded down
         if not 0 < self.num_visible < self.num_patches:
-            raise BadInput(f"--mask-ratio {mask_ratio} of {self.num_patches} patches: at least one "
-                           "must be visible and one masked")
+            raise BadInput(f"--mask-ratio {mask_ratio} leaves {self.num_visible} of "
+                           f"{self.num_patches} patches visible; at least one must be visible and "
+                           "one masked")
         rows, cols = (torch.arange(n) for n in self.grid)
 
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
@@ -116,53 +114,54 @@ class MAE(nn.Module):
         nn.init.normal_(self.mask_token, std=0.02)
 
     def draw_mask(self, noise):
-        """The mask rule: noise [B, N], uniform -> is_masked [B, N]."""
+        """noise [B, N], uniform -> is_masked [B, N]: the N - V patches with the least noise."""
         return random_mask(noise, self.num_patches - self.num_visible)
 
     def encode_visible(self, patches, ids_visible):  # [B, N, P], [B, V] -> [B, 1 + V, D]
-        # The paper adds positions to all patches and drops the masked ones. To embed only the
-        # visible patches gives the same and costs less.
+        # The paper adds positions to all patches, then drops the masked ones. Embedding only the
+        # visible ones gives the same result and costs less.
         pos = gather(self.pos_embed[:, 1:], ids_visible)
         x = self.patch_embed(gather(patches, ids_visible)) + pos  # [B, V, D]
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1)
         return self.norm(self.blocks(x))
 
     def decode(self, latent, ids_visible, ids_masked, first_query=0):
-        """[B, 1 + V, D] -> predictions [B, 1 + V + M - first_query, P]: CLS, visible, masked
-        patches. The last block has no queries before first_query: the loss reads the masked patches
-        only."""
+        """latent [B, 1 + V, D] -> predictions [B, 1 + N - first_query, P] for CLS, the visible and
+        the masked patches, from token first_query on. The loss reads only the masked ones, so the
+        last block can skip the others."""
         x = self.decoder_embed(latent)
         pos = self.decoder_pos_embed[:, 1:]
         visible = x[:, 1:] + gather(pos, ids_visible)
         masked = self.mask_token + gather(pos, ids_masked)
-        x = torch.cat([x[:, :1], visible, masked], 1)  # [B, 1 + N, E]
+        x = torch.cat([x[:, :1], visible, masked], 1)  # [B, 1 + N, E]; the position of CLS is 0
         x = self.decoder_blocks[:-1](x)
         x = self.decoder_blocks[-1](x, first_query)
         return self.decoder_pred(self.decoder_norm(x))
 
     def forward(self, images, is_masked=None, num_visible=None):
         """images [B, C, H, W], normalised per channel by the data set's mean and standard
-        deviation; is_masked [B, N], drawn if None; num_visible: how many patches of each row are
-        visible, if it is not the model's own number. -> loss, logs."""
+        deviation; is_masked [B, N], drawn if None; num_visible: visible patches per image, by
+        default the model's. Returns loss, logs."""
         if is_masked is None:
             noise = torch.rand(len(images), self.num_patches, device=images.device)
             is_masked = self.draw_mask(noise)
         ids_visible, ids_masked = split_ids(is_masked, num_visible or self.num_visible)
         patches = patchify(images, self.patch_size)  # [B, N, P]
         latent = self.encode_visible(patches, ids_visible)  # [B, 1 + V, D]
-        pred = self.decode(latent, ids_visible, ids_masked, latent.shape[1])  # [B, M, P]
+        first_masked = latent.shape[1]  # 1 + V
+        pred = self.decode(latent, ids_visible, ids_masked, first_masked)  # [B, M, P]
         target = gather(patches, ids_masked)  # [B, M, P]
         if self.norm_pix:
             target, _, _ = normalise_patches(target)
         loss = pixel_loss(pred, target)
-        # loss_of_mean is the loss of predicting the mean everywhere. A model that learns beats it.
+        # loss_of_mean is the loss if the mean of all targets is predicted everywhere.
         return loss, {"loss_of_mean": target.var(unbiased=False), "pred_std": spread(pred),
                       "target_std": spread(target)}
 
     def encode(self, images):
-        """images, normalised as for `forward`, of any size that the patches divide -> pooled [B,
-        D], patches [B, N, D]. Nothing is masked. Both are after the final norm; pooled is CLS, the
-        paper's feature."""
+        """images, normalised as for `forward`, of any size divisible by the patch size -> pooled
+        [B, D] and patches [B, N, D], both after the final norm. No patch is masked. pooled is CLS,
+        the paper's feature."""
         grid = patch_grid(images.shape[2:], self.patch_size)
         pos = resize_positions(self.pos_embed, self.grid, grid)
         x = self.patch_embed(patchify(images, self.patch_size)) + pos[:, 1:]
@@ -171,10 +170,9 @@ class MAE(nn.Module):
         return x[:, 0], x[:, 1:]
 
     def reconstruct(self, images, is_masked):
-        """The paper's figure 2: the images without their masked patches, the prediction, and the
-        images with the prediction in the masked places; each [B, C, H, W], normalised as `images`
-        are. With norm_pix the true mean and deviation of each patch are put back, which a
-        prediction of normalised pixels lacks."""
+        """The masked images, the prediction, and the images with the prediction in the masked
+        places; each [B, C, H, W], normalised as `images` are. With norm_pix a prediction lacks its
+        patch's mean and deviation; the true ones are put back."""
         ids_visible, ids_masked = split_ids(is_masked, self.num_visible)
         patches = patchify(images, self.patch_size)
         latent = self.encode_visible(patches, ids_visible)
@@ -183,9 +181,9 @@ class MAE(nn.Module):
         if self.norm_pix:
             _, mean, std = normalise_patches(patches)
             pred = pred * std + mean
-        hidden = is_masked[..., None]
-        columns = patches.masked_fill(hidden, 0), pred, torch.where(hidden, pred, patches)
-        return [unpatchify(column, self.patch_size, self.grid) for column in columns]
+        masked = is_masked[..., None]
+        views = [patches.masked_fill(masked, 0), pred, torch.where(masked, pred, patches)]
+        return [unpatchify(view, self.patch_size, self.grid) for view in views]
 
     def pictures(self, images, to_rgb):
         """{file name: {title: images [n, 3, H, W] in 0..1}}; to_rgb undoes the normalisation."""
@@ -196,14 +194,15 @@ class MAE(nn.Module):
 
     @classmethod
     def from_released(cls, state_dict, **sizes):
-        """A model with the weights of the authors' file, of pre-training or of an encoder. Our
-        parameter names equal the authors'. `sizes` are the constructor's; its defaults are the
-        paper's ViT-B."""
+        """A model with the authors' weights, of the whole model or of the encoder only. Our
+        parameter names equal theirs. `sizes` go to the constructor, whose defaults are the paper's
+        ViT-B."""
         state = dict(state_dict.get("model", state_dict))
-        for name in [name for name in state if name.startswith("head.")]:
-            print(f"from_released: {name} is ignored")
-            del state[name]
-        if "norm.weight" not in state:  # fine-tuned on the mean of the patches
+        for name in list(state):
+            if name.startswith("head."):
+                print(f"from_released: {name} is ignored")
+                del state[name]
+        if "norm.weight" not in state:  # a file fine-tuned on the mean of the patches, not on CLS
             print("from_released: fc_norm takes the place of norm")
             state = {name.replace("fc_norm.", "norm."): t for name, t in state.items()}
         return load_released(cls(**sizes), state, optional=["decoder", "mask_token"])
@@ -212,9 +211,7 @@ class MAE(nn.Module):
 Model = MAE
 
 
-# --------------------------------------------------------------------------------------------------
-# Training
-# --------------------------------------------------------------------------------------------------
+# ---- Training
 
 def build(cfg):
     return MAE(**encoder_sizes(cfg), decoder_dim=cfg.decoder_dim, decoder_depth=cfg.decoder_depth,
@@ -222,12 +219,12 @@ def build(cfg):
 
 
 def no_decay(name, p):
-    """Biases and norm gains have no weight decay; CLS and the mask token have."""
+    """Biases and norm gains have no weight decay; CLS and the mask token do."""
     return p.ndim <= 1
 
 
 def train(cfg):
-    cfg, run = start(cfg)  # checks the flags, joins the processes, chooses device and dtype
+    cfg, run = start(cfg, "mae")  # checks flags, joins processes, picks device and dtype
     torch.manual_seed(cfg.seed)
     model = build(cfg).to(run.device)
     train_set, val_set = load_data(cfg, run)
@@ -235,25 +232,25 @@ def train(cfg):
     optimizer = torch.optim.AdamW(param_groups(model, cfg.weight_decay, no_decay), betas=cfg.betas,
                                   fused=run.device.type != "mps")
     scaler = torch.amp.GradScaler(run.device.type, enabled=run.amp is torch.float16)
-    checkpoint = Checkpoint(cfg, run, "mae", plan, model=model, optimizer=optimizer, scaler=scaler)
-    first = checkpoint.resume()  # the number of steps done, the same on every rank
-    ddp = run.wrap(model, plan.total)  # compiled, and in DDP for several processes
-    meter = Meter(cfg, run, "mae", first, plan.total, scaler)
-    look = Look(cfg, run, model, train_set, val_set)
-    if first == 0:
+    checkpoint = Checkpoint(cfg, run, plan, model=model, optimizer=optimizer, scaler=scaler)
+    done = checkpoint.resume()  # steps, the same number on every rank
+    ddp = run.wrap(model, plan.total)  # compiles; adds DDP if there are several processes
+    meter = Meter(cfg, run, done, plan.total, scaler)
+    look = Look(cfg, run, model, train_set, val_set)  # k-NN, effective rank, pictures
+    if done == 0:
         meter.write_look(0, look(0))
 
-    stream = train_batches(cfg, run, train_set, first, plan.total)
-    for step in run.steps(first, plan.total):  # a signal lets the step finish
+    stream = train_batches(cfg, run, train_set, done, plan.total)
+    for step in run.steps(done, plan.total):  # on a signal, the step is finished and saved
         lr = warmup_cosine(step - 1, plan.total, plan.warmup, plan.peak_lr, first=0.0, last=0.0)
         for group in optimizer.param_groups:
             group["lr"] = lr
+        # Noise for the global batch: masks do not depend on the number of processes.
+        noise = draw((cfg.batch_size, model.num_patches), run.device, "mask", cfg.seed, step)
 
         for micro in range(cfg.accum):
             with meter.waiting_for_data():
                 images = next(stream)  # [m, C, H, W]
-            # The noise is the global batch's: a mask does not depend on the number of processes.
-            noise = draw((cfg.batch_size, model.num_patches), run.device, "mask", cfg.seed, step)
             is_masked = model.draw_mask(noise[run.rows(micro)])
             ddp.require_backward_grad_sync = micro == cfg.accum - 1  # one all-reduce per step
             with run.autocast():
@@ -269,15 +266,15 @@ def train(cfg):
         meter.step_done(grad_norm=grad_norm)
 
         if plan.reports_at(step) or run.asked_to_stop:
-            report = meter.report(step, lr=lr)  # the only wait for the device
+            report = meter.report(step, lr=lr)  # the only synchronisation
             if not report.finite:
-                return run.stop_not_finite(report)  # the last good checkpoint stays
+                return run.stop_not_finite(report)  # keeps the last good checkpoint
             if plan.saves_at(step) or report.stop:
                 checkpoint.save(step)
-            if report.stop:
-                return run.stop_by_signal(step)
             if plan.evaluates_at(step):
                 meter.write_look(step, look(step))
+            if report.stop and step < plan.total:
+                return run.stop_by_signal(step)
     meter.close()
     return 0
 

@@ -1,11 +1,11 @@
 """PiLaMIM: Toward Richer Visual Representations by Integrating Pixel and Latent Masked Image
 Modeling (Lee et al., arXiv 2501.03005).
 
-Predicting pixels keeps detail: where, how many, how far. Predicting another encoder's features
-keeps meaning. Here one encoder learns both. It sees a quarter of an image; from its output one
-small decoder predicts the hidden pixels, and another predicts what a teacher makes of the hidden
+Predicting pixels keeps detail: positions, counts, distances. Predicting another encoder's features
+keeps meaning. Here one encoder learns both. It sees a quarter of an image. From its output one
+small decoder predicts the masked pixels; another predicts a teacher's latents of the masked
 patches. The teacher is a slow moving average of the encoder and sees the whole image. A third loss
-asks the same of CLS, which has to stand for the whole image.
+makes the second decoder predict the teacher's CLS, which describes the whole image.
 
   images [B, C, H, W]
     1. patches [B, N, P]; a random 75 % of them are masked          draw_mask
@@ -14,8 +14,9 @@ asks the same of CLS, which has to stand for the whole image.
     4. latent and mask tokens -> masked pixels [B, M, P]            decoder         L_pixel
     5. latent and mask tokens -> CLS, masked latents [B, 1 + M, D]  latent_decoder  L_cls, L_latent
   loss = L_pixel + L_latent + L_cls, each a mean squared error
-  Teacher and decoders are dropped after training. An image's feature is CLS after the final norm
-  (`encode`).
+  Positions are learned. The teacher and the decoders are dropped after training. An image's feature
+  is CLS after the final norm (`encode`).
+  Letters: B images, N patches of P = p * p * C numbers, V visible, M masked; width D, decoders E.
 
   python pilamim.py                                                    the demo
   python pilamim.py --data DIR --img-size 96 --out runs/mine-pilamim   any folder of images
@@ -23,21 +24,21 @@ asks the same of CLS, which has to stand for the whole image.
   torchrun --nproc_per_node 8 pilamim.py --out runs/pilamim-base --data DIR --img-size 224 \
       --model base --batch-size 2048 --epochs 800 --warmup-epochs 40 --base-lr 1.5e-4 \
       --decoder-dim 384 --decoder-depth 6 --decoder-heads 12 --init torch --ema 0.996 1 \
-      --clip-grad 0                                    the paper's recipe; not run at that scale
+      --clip-grad 0                                    the paper's recipe; we have not run it
 
 Differs from the authors' program:
-- A prediction meets the target of the same patch, as in the paper's equation. Theirs shuffles the
-  teacher's patches and does not put them back: L_latent compares a prediction with another patch's
-  target.
+- A prediction is compared with the target of the same patch, as in the paper's equation. Theirs
+  shuffles the teacher's patches and does not restore their order, so L_latent compares it with
+  another patch's target.
 - The teacher starts as a copy of the encoder; theirs starts from random weights of its own.
 - Every image has its own mask; theirs draws the same masks on all GPUs.
-- The demo starts with MAE's weights (`--init mae`), with which so short a run learns more; theirs
-  are PyTorch's (`--init torch`).
+- The demo uses MAE's initialisation (`--init mae`), which learns more in so short a run; theirs is
+  PyTorch's (`--init torch`).
 - Gradients are clipped to norm 1; `--clip-grad 0` disables this, as in the paper.
-- Batches run across the end of an epoch; theirs drops the last incomplete batch.
-- Mixed precision is bf16; theirs is fp16 with a loss scaler (`--amp fp16`).
-24 recorded steps of their program, its targets put back in order, agree
-(tests/test_trajectories.py).
+- A batch may span two epochs; theirs drops the last incomplete batch of an epoch.
+- Mixed precision is bf16; theirs is fp16 with a loss scaler, here `--amp fp16`.
+tests/test_trajectories.py repeats 24 recorded steps of their program, with its targets put back in
+order: losses agree within 1e-5.
 """
 
 import copy
@@ -55,46 +56,41 @@ from common import (BadInput, Block, Checkpoint, Look, Meter, PatchEmbed, Plan, 
 norm = nn.LayerNorm  # eps 1e-5, PyTorch's default, in encoder and decoders
 
 
-# --------------------------------------------------------------------------------------------------
-# Config: the method's own flags, and the defaults that it changes. They are the demo's.
-# --------------------------------------------------------------------------------------------------
+# ---- Config: own flags and changed defaults. The defaults are the demo's.
 
 @dataclass(frozen=True)
 class Config(TrainConfig):
-    mask_ratio: float = flag(0.75, "share of the patches that is masked", 0, 1)
-    pixel_weight: float = flag(1.0, "weight of L_pixel; 0 drops it", 0, 1e6)
-    latent_weight: float = flag(1.0, "weight of L_latent; 0 drops it", 0, 1e6)
-    cls_weight: float = flag(1.0, "weight of L_cls; 0 drops it", 0, 1e6)
+    mask_ratio: float = flag(0.75, "share of the patches that are masked", 0, 1)
+    pixel_weight: float = flag(1.0, "weight of L_pixel", 0, 1e6)
+    latent_weight: float = flag(1.0, "weight of L_latent", 0, 1e6)
+    cls_weight: float = flag(1.0, "weight of L_cls", 0, 1e6)
     decoder_dim: int = flag(64, "width of both decoders; the paper's is 384", 1)
     decoder_depth: int = flag(2, "blocks of each decoder; the paper's is 6", 1)
     decoder_heads: int = flag(2, "heads of both decoders; the paper's is 12", 1)
     ema: tuple[float, ...] = flag((0.9, 1.0), "first and last momentum of the teacher; the paper's "
                                   "is 0.996 1", 0, 1)
-    init: str = flag("mae", "first weights: mae (Xavier, sin-cos positions) learns sooner; torch "
+    init: str = flag("mae", "initialisation: mae (Xavier, sin-cos positions) learns faster; torch "
                      "(PyTorch's, random positions) is the authors'", choices=["mae", "torch"])
     batch_size: int = 64
-    epochs: int = 7
-    base_lr: float = 2e-2  # the paper's 1.5e-4 is for ViT-B and 800 epochs
+    epochs: int = 5
+    base_lr: float = 2e-2  # per 256 images; the paper's 1.5e-4 is for ViT-B, 800 epochs
     out: str = "runs/pilamim"
+    # As in common.py: 1 epoch of warm-up; weight decay 0.05 and betas 0.9, 0.95, the paper's.
 
 
-# --------------------------------------------------------------------------------------------------
-# Loss
-# --------------------------------------------------------------------------------------------------
+# ---- Loss
 
 def squared_error(pred, target):
-    """Mean squared error in float32: all three losses. Pixels are plain, not normalised by
+    """Mean squared error in float32, for all three losses. Pixel targets are not normalised per
     patch."""
     return (pred.float() - target.float()).square().mean()
 
 
-# --------------------------------------------------------------------------------------------------
-# Model
-# --------------------------------------------------------------------------------------------------
+# ---- Model
 
 class Encoder(nn.Module):
     """A ViT without bias on q, k and v, with learned positions for patches and none for CLS. The
-    context encoder f and the teacher are two of these."""
+    encoder and the teacher are two instances."""
 
     def __init__(self, num_patches, patch_size, in_chans, dim, depth, heads):
         super().__init__()
@@ -112,7 +108,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """From the latent to something for every place: pixels, or latents. There is no norm before the
+    """Map the latent to an output for every place: pixels or latents. There is no norm before the
     head."""
 
     def __init__(self, num_patches, dim, width, depth, heads, out):
@@ -125,9 +121,9 @@ class Decoder(nn.Module):
         self.head = nn.Linear(width, out)
 
     def forward(self, latent, ids_visible, ids_masked, first_query=0):
-        """[B, 1 + V, D] -> [B, V + 1 + M - first_query, out]: visible places, CLS, masked places.
-        The last block has no queries before first_query: the losses read CLS and the masked places
-        only."""
+        """latent [B, 1 + V, D] -> [B, V + 1 + M - first_query, out] for the visible places, CLS and
+        the masked places, from token first_query on. The losses read only CLS and the masked
+        places, so the last block can skip the others."""
         x = self.embed(latent)
         pos = self.pos_embed[:, 1:]
         visible = x[:, 1:] + gather(pos, ids_visible)
@@ -138,46 +134,49 @@ class Decoder(nn.Module):
 
 
 class PiLaMIM(nn.Module):
-    encoder_name, pool = "encoder", "cls"  # for evaluate.py: the encoder, and the paper's feature
+    encoder_name = "encoder"  # for evaluate.py: the submodule with the blocks
+    pool = "cls"  # the paper's feature
 
     def __init__(self, img_size=224, patch_size=16, in_chans=3, dim=768, depth=12, heads=12,
                  decoder_dim=384, decoder_depth=6, decoder_heads=12, mask_ratio=0.75,
                  pixel_weight=1.0, latent_weight=1.0, cls_weight=1.0, init="torch"):
         super().__init__()
-        self.grid, self.patch_size = patch_grid(img_size, patch_size), patch_size
+        self.grid = patch_grid(img_size, patch_size)
+        self.patch_size = patch_size  # p
         self.num_patches = self.grid[0] * self.grid[1]  # N
         self.num_visible = int(self.num_patches * (1 - mask_ratio))  # V, rounded down
         if not 0 < self.num_visible < self.num_patches:
-            raise BadInput(f"--mask-ratio {mask_ratio} of {self.num_patches} patches: at least one "
-                           "must be visible and one masked")
+            raise BadInput(f"--mask-ratio {mask_ratio} leaves {self.num_visible} of "
+                           f"{self.num_patches} patches visible; at least one must be visible and "
+                           "one masked")
         self.weights = {"pixel_loss": pixel_weight, "latent_loss": latent_weight,
                         "cls_loss": cls_weight}
         if not any(self.weights.values()):
             raise BadInput("--pixel-weight, --latent-weight and --cls-weight are all 0")
         self.encoder = Encoder(self.num_patches, patch_size, in_chans, dim, depth, heads)
-        decoder = self.num_patches, dim, decoder_dim, decoder_depth, decoder_heads
-        self.decoder = Decoder(*decoder, out=patch_size**2 * in_chans)
-        self.latent_decoder = Decoder(*decoder, out=dim)
+        sizes = self.num_patches, dim, decoder_dim, decoder_depth, decoder_heads
+        self.decoder = Decoder(*sizes, out=patch_size**2 * in_chans)
+        self.latent_decoder = Decoder(*sizes, out=dim)
 
         for name, p in self.named_parameters():
             if name.endswith(("cls_token", "mask_token", "pos_embed")):
                 nn.init.trunc_normal_(p, std=0.02)
-        if init == "mae":  # else Linears stay as PyTorch draws them
+        if init == "mae":  # with "torch" Linears keep PyTorch's initialisation
             xavier_init(self)
             rows, cols = (torch.arange(n) for n in self.grid)
             for part in (self.encoder, self.decoder, self.latent_decoder):
                 table = sincos_2d(part.pos_embed.shape[2], rows, cols)
-                part.pos_embed.data[:, -self.num_patches:] = table  # they are learned from here on
+                part.pos_embed.data[:, -self.num_patches:] = table  # only a start: it is learned
         self.teacher = copy.deepcopy(self.encoder).requires_grad_(False)
 
     def draw_mask(self, noise):
-        """The mask rule: noise [B, N], uniform -> is_masked [B, N]."""
+        """noise [B, N], uniform -> is_masked [B, N]: the N - V patches with the least noise."""
         return random_mask(noise, self.num_patches - self.num_visible)
 
     def forward(self, images, is_masked=None, num_visible=None):
         """images [B, C, H, W], normalised per channel by the data set's mean and standard
-        deviation; is_masked [B, N], drawn if None; num_visible: how many patches of each row are
-        visible, if it is not the model's own number. -> loss, logs. The teacher does not move: call
+        deviation; is_masked [B, N], drawn if None; num_visible: visible patches per image, by
+        default the model's. Returns loss, logs. Does not move the teacher: call
         `update_teacher`."""
         if is_masked is None:
             noise = torch.rand(len(images), self.num_patches, device=images.device)
@@ -188,18 +187,18 @@ class PiLaMIM(nn.Module):
         latent = self.encoder(visible, gather(self.encoder.pos_embed, ids_visible))  # [B, 1 + V, D]
         with torch.no_grad():
             target = self.teacher(patches, self.teacher.pos_embed)  # [B, 1 + N, D]
-        # Both decoders give the masked places in the order of ids_masked, so that a prediction
-        # meets the target of the same patch.
-        ids = ids_visible, ids_masked, ids_visible.shape[1]
-        pixels = self.decoder(latent, *ids)[:, 1:]  # [B, M, P]
-        latents = self.latent_decoder(latent, *ids)  # [B, 1 + M, D]
+        # Both decoders return the masked places in the order of ids_masked, as the targets are.
+        first = ids_visible.shape[1]  # the losses do not read the visible places before CLS
+        pixels = self.decoder(latent, ids_visible, ids_masked, first)[:, 1:]  # [B, M, P]
+        latents = self.latent_decoder(latent, ids_visible, ids_masked, first)  # [B, 1 + M, D]
         target_pixels = gather(patches, ids_masked)
         target_latents = gather(target[:, 1:], ids_masked)  # [B, M, D]
         losses = {"pixel_loss": squared_error(pixels, target_pixels),  # L_pixel
                   "latent_loss": squared_error(latents[:, 1:], target_latents),  # L_latent
                   "cls_loss": squared_error(latents[:, 0], target[:, 0])}  # L_cls
         loss = sum(self.weights[name] * part for name, part in losses.items())
-        # target_std is the spread of the teacher's latents: near 0 they are all the same.
+        # loss_of_mean is pixel_loss if the mean is predicted everywhere. target_std is the spread
+        # of the teacher's latents; near 0 the teacher has collapsed.
         return loss, losses | {"loss_of_mean": target_pixels.var(unbiased=False),
                                "pred_std": spread(latents[:, 1:]),
                                "target_std": spread(target_latents)}
@@ -209,8 +208,8 @@ class PiLaMIM(nn.Module):
         update_ema(self.teacher, self.encoder, momentum)
 
     def encode(self, images):
-        """images, normalised as for `forward`, of any size that the patches divide -> pooled [B,
-        D], patches [B, N, D]. The context encoder sees all patches. Both are after the final norm;
+        """images, normalised as for `forward`, of any size divisible by the patch size -> pooled
+        [B, D] and patches [B, N, D], both after the final norm. The encoder sees all patches.
         pooled is CLS, the paper's feature."""
         grid = patch_grid(images.shape[2:], self.patch_size)
         pos = resize_positions(self.encoder.pos_embed, self.grid, grid)
@@ -218,9 +217,8 @@ class PiLaMIM(nn.Module):
         return x[:, 0], x[:, 1:]
 
     def reconstruct(self, images, is_masked):
-        """From the pixel decoder: the images without their masked patches, the prediction, and the
-        images with the prediction in the masked places; each [B, C, H, W], normalised as `images`
-        are."""
+        """With the pixel decoder: the masked images, the prediction, and the images with the
+        prediction in the masked places; each [B, C, H, W], normalised as `images` are."""
         ids_visible, ids_masked = split_ids(is_masked, self.num_visible)
         patches = patchify(images, self.patch_size)
         visible = gather(patches, ids_visible)
@@ -229,9 +227,9 @@ class PiLaMIM(nn.Module):
         V = self.num_visible
         pred = torch.cat([pred[:, :V], pred[:, V + 1:]], 1)  # without CLS
         pred = unshuffle(pred, torch.cat([ids_visible, ids_masked], 1))  # [B, N, P]
-        hidden = is_masked[..., None]
-        columns = patches.masked_fill(hidden, 0), pred, torch.where(hidden, pred, patches)
-        return [unpatchify(column, self.patch_size, self.grid) for column in columns]
+        masked = is_masked[..., None]
+        views = [patches.masked_fill(masked, 0), pred, torch.where(masked, pred, patches)]
+        return [unpatchify(view, self.patch_size, self.grid) for view in views]
 
     def pictures(self, images, to_rgb):
         """{file name: {title: images [n, 3, H, W] in 0..1}}; to_rgb undoes the normalisation."""
@@ -244,16 +242,16 @@ class PiLaMIM(nn.Module):
 
     @classmethod
     def from_released(cls, state_dict, **sizes):
-        """A model with the weights of the authors' file. `sizes` are the constructor's; its
-        defaults are the paper's ViT-B."""
+        """A model with the authors' weights. `sizes` go to the constructor, whose defaults are the
+        paper's ViT-B."""
         model = cls(**sizes)
         state = {}
         for name, t in state_dict.get("model", state_dict).items():
             for theirs, ours in RENAMED:
                 name = name.replace(theirs, ours)
-            if name.endswith("pos_embed"):  # [N, 1, D] there
+            if name.endswith("pos_embed"):  # theirs is [N, 1, D]
                 t = t.transpose(0, 1)
-            if name.startswith("decoder.head."):  # channel first there, last here
+            if name.startswith("decoder.head."):  # theirs: channel first
                 t = t.unflatten(0, (-1, model.patch_size**2)).transpose(0, 1).flatten(0, 1)
             state[name] = t
         return load_released(model, state, optional=["decoder.", "latent_decoder."])
@@ -268,9 +266,7 @@ RENAMED = [  # from the authors' parameter names to ours
 ]
 
 
-# --------------------------------------------------------------------------------------------------
-# Training
-# --------------------------------------------------------------------------------------------------
+# ---- Training
 
 def build(cfg):
     return PiLaMIM(**encoder_sizes(cfg), decoder_dim=cfg.decoder_dim,
@@ -279,48 +275,47 @@ def build(cfg):
                    latent_weight=cfg.latent_weight, cls_weight=cfg.cls_weight, init=cfg.init)
 
 
-def rate_of_epoch(epoch, epochs, warmup_epochs):
-    """The learning rate over its peak. It changes once an epoch, as in the authors' program: the
-    smaller one of a linear warm-up, which epoch 0 starts at 1 / warmup_epochs, and half a cosine
-    over all epochs to 0."""
+def lr_factor(epoch, epochs, warmup_epochs):
+    """The learning rate as a fraction of its peak. It is constant within an epoch, as in the
+    authors' program: the minimum of a linear warm-up, (epoch + 1) / warmup_epochs, and of half a
+    cosine from 1 to 0 over all epochs."""
     return min((epoch + 1) / (warmup_epochs + 1e-8), cosine(epoch, epochs, first=1.0, last=0.0))
 
 
 def train(cfg):
-    cfg, run = start(cfg)  # checks the flags, joins the processes, chooses device and dtype
+    cfg, run = start(cfg, "pilamim")  # checks flags, joins processes, picks device and dtype
     torch.manual_seed(cfg.seed)
     model = build(cfg).to(run.device)
     train_set, val_set = load_data(cfg, run)
     plan = Plan(cfg, len(train_set))
     # Every parameter has weight decay, biases and norm gains too. The gain of the encoder's last
-    # norm sets the scale of the latent targets: its decay makes L_latent smaller against L_pixel as
-    # training goes on.
+    # norm sets the scale of the latent targets. Its decay lowers L_latent relative to L_pixel
+    # during training.
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, betas=cfg.betas, weight_decay=cfg.weight_decay,
                                   fused=run.device.type != "mps")
     scaler = torch.amp.GradScaler(run.device.type, enabled=run.amp is torch.float16)
-    checkpoint = Checkpoint(cfg, run, "pilamim", plan, model=model, optimizer=optimizer,
-                            scaler=scaler)
-    first = checkpoint.resume()  # the number of steps done, the same on every rank
-    ddp = run.wrap(model, plan.total)  # compiled, and in DDP for several processes
-    meter = Meter(cfg, run, "pilamim", first, plan.total, scaler)
-    look = Look(cfg, run, model, train_set, val_set)
-    if first == 0:
+    checkpoint = Checkpoint(cfg, run, plan, model=model, optimizer=optimizer, scaler=scaler)
+    done = checkpoint.resume()  # steps, the same number on every rank
+    ddp = run.wrap(model, plan.total)  # compiles; adds DDP if there are several processes
+    meter = Meter(cfg, run, done, plan.total, scaler)
+    look = Look(cfg, run, model, train_set, val_set)  # k-NN, effective rank, pictures
+    if done == 0:
         meter.write_look(0, look(0))
 
-    stream = train_batches(cfg, run, train_set, first, plan.total)
-    for step in run.steps(first, plan.total):  # a signal lets the step finish
+    stream = train_batches(cfg, run, train_set, done, plan.total)
+    for step in run.steps(done, plan.total):  # on a signal, the step is finished and saved
         epoch = (step - 1) * cfg.batch_size // len(train_set)
-        lr = plan.peak_lr * rate_of_epoch(epoch, cfg.epochs, cfg.warmup_epochs)
+        lr = plan.peak_lr * lr_factor(epoch, cfg.epochs, cfg.warmup_epochs)
         momentum = cfg.ema[0] + (cfg.ema[1] - cfg.ema[0]) * (step - 1) / plan.total  # linear
         for group in optimizer.param_groups:
             group["lr"] = lr
+        # Noise for the global batch: masks do not depend on the number of processes.
+        noise = draw((cfg.batch_size, model.num_patches), run.device, "mask", cfg.seed, step)
 
         for micro in range(cfg.accum):
             with meter.waiting_for_data():
                 images = next(stream)  # [m, C, H, W]
-            # The noise is the global batch's: a mask does not depend on the number of processes.
-            noise = draw((cfg.batch_size, model.num_patches), run.device, "mask", cfg.seed, step)
             is_masked = model.draw_mask(noise[run.rows(micro)])
             ddp.require_backward_grad_sync = micro == cfg.accum - 1  # one all-reduce per step
             with run.autocast():
@@ -337,15 +332,15 @@ def train(cfg):
         meter.step_done(grad_norm=grad_norm)
 
         if plan.reports_at(step) or run.asked_to_stop:
-            report = meter.report(step, lr=lr, momentum=momentum)  # the only wait for the device
+            report = meter.report(step, lr=lr, momentum=momentum)  # the only synchronisation
             if not report.finite:
-                return run.stop_not_finite(report)  # the last good checkpoint stays
+                return run.stop_not_finite(report)  # keeps the last good checkpoint
             if plan.saves_at(step) or report.stop:
                 checkpoint.save(step)
-            if report.stop:
-                return run.stop_by_signal(step)
             if plan.evaluates_at(step):
                 meter.write_look(step, look(step))
+            if report.stop and step < plan.total:
+                return run.stop_by_signal(step)
     meter.close()
     return 0
 

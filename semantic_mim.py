@@ -2,45 +2,51 @@
 Representation (Yuan et al., arXiv 2406.10673).
 
 If mask tokens can look at the visible patches they copy from their neighbours, and no token need
-know what the image is of. Here they may not: a few proxy tokens gather what the visible patches
-have to say (compression), and the mask tokens are filled from the proxies alone (reconstruction).
-What is worth knowing has to fit through. Both happen layer by layer, in two stacks of blocks.
+know what the image is of. Here they cannot: a few proxy tokens gather what the visible patches
+contain (compression), and the mask tokens attend only to the proxies and to each other
+(reconstruction). So the proxies must describe the image. Both happen layer by layer, in two stacks
+of blocks.
 
   images [B, C, H, W]
     1. patches [B, N, P]; 80 % (HOG) or 60 % (dVAE) masked at random         draw_mask
     2. K proxies and V visible patches, with learned positions [B, K + V, D]
     3. for every layer:                                                      mask_latents
          compression:     [proxies; visible] <- Block([proxies; visible])
-         reconstruction:  masks <- Block(masks look at [proxies; masks])
+         reconstruction:  mask tokens <- Block(they attend to [proxies; mask tokens])
     4. final norm, one Linear -> a prediction for each masked place [B, M, .]
     5. HOG: mean squared error to histograms of oriented gradients           hog_target
        dVAE: cross-entropy to the token ids of DALL-E's encoder              Tokenizer
-  The second stack is dropped after training. An image's feature is the mean of its patch tokens
-  before the final norm, then a LayerNorm (`encode`).
+  No gradient flows into targets. The second stack is dropped after training. An image's feature is
+  the mean of its patch tokens before the final norm, then a LayerNorm without gain (`encode`).
+  Letters: B images, N patches of P = p * p * C numbers, V visible, M masked; width D.
 
   python semantic_mim.py                                                    the demo, target HOG
   python semantic_mim.py --baseline --out runs/maskfeat                     for comparison: MaskFeat
   python semantic_mim.py --data DIR --img-size 96 --out runs/mine-semantic  any folder of images
+  The paper's two recipes, which we have not run:
   torchrun --nproc_per_node 8 semantic_mim.py --out runs/hog-base --data DIR --img-size 224 \
       --model base --batch-size 2048 --epochs 300 --warmup-epochs 30 --base-lr 2e-4
   torchrun --nproc_per_node 8 semantic_mim.py --target dvae --tokenizer dalle_encoder.pth \
       --out runs/dvae-base --data DIR --img-size 224 --model base --batch-size 2048 --epochs 300 \
-      --warmup-epochs 10 --base-lr 1.875e-4           the paper's two recipes; not run at that scale
+      --warmup-epochs 10 --base-lr 1.875e-4
 
 Differs from the authors' program:
 - Crops are resized with antialiasing; theirs (OpenCV) has none. This is the largest difference:
   HOG targets of 224-pixel photographs differ by 25 % in L2 norm.
-- dVAE: the tokenizer sees the training crop, resized to half its size; theirs sees a second
-  112-pixel Lanczos resize of the same box of the photograph.
+- dVAE: the tokenizer sees the training crop, resized to half its size; theirs sees the same box of
+  the photograph, resized separately to 112 pixels with Lanczos.
 - dVAE: brightness, contrast and saturation change in this order, after the crop, in floats; theirs
   change before the crop, on uint8, in random order.
-- dVAE: drop path leaves out the MLP branch once; theirs does it twice, a slip.
-- Batches run across the end of an epoch; theirs ends every epoch with an incomplete batch.
-- Queries, keys and values come from one matrix; theirs keeps q and kv apart, with the same result.
-- On a grid of 2 x 2 patches one stays visible, where the ceiling of the ratio would leave none.
-- If 8 does not divide the patch, a HOG cell is half the patch (if even and above 8) or all of it.
-- Mixed precision is bf16; theirs is fp16 with a loss scaler (`--amp fp16`).
-24 recorded steps of their program agree for both targets: tests/test_trajectories.py.
+- dVAE: drop path applies once to the MLP branch; theirs applies it twice by mistake.
+- A batch may span two epochs; theirs ends every epoch with an incomplete batch.
+- Queries, keys and values come from one matrix. Theirs has one for q and one for k and v; the
+  result is the same.
+- On a grid of 2 x 2 patches one patch stays visible; rounding up would leave none.
+- If 8 does not divide the patch side, a HOG cell is half the patch (if its side is even and above
+  8) or all of it. The paper's patch of 16 is not affected.
+- Mixed precision is bf16; theirs is fp16 with a loss scaler, here `--amp fp16`.
+tests/test_trajectories.py repeats 24 recorded steps of their program for each target: losses agree
+within 1e-5.
 """
 
 import dataclasses
@@ -60,11 +66,9 @@ from common import (Attention, BadInput, Checkpoint, Look, Meter, Mlp, PatchEmbe
 norm = partial(nn.LayerNorm, eps=1e-6)  # everywhere, for both targets
 
 
-# --------------------------------------------------------------------------------------------------
-# Config: the method's own flags, and the defaults that it changes. They are the demo's.
-# --------------------------------------------------------------------------------------------------
+# ---- Config: own flags and changed defaults. The defaults are the demo's.
 
-RECIPES = {  # the paper's values of the flags that are not given
+RECIPES = {  # the paper's values, for flags that are not given
     "hog": dict(mask_ratio=0.8, num_proxy=8, crop_scale=(0.5, 1.0), jitter=0.0, drop_path=0.0,
                 clip_grad=0.02, first_lr=1e-6, last_lr=1e-6),
     "dvae": dict(mask_ratio=0.6, num_proxy=1, crop_scale=(0.08, 1.0), jitter=0.4, drop_path=0.1,
@@ -77,25 +81,27 @@ BASELINE = dict(mask_ratio=0.4, num_proxy=1)  # for both targets
 class Config(TrainConfig):
     target: str = flag("hog", "gradient histograms, or tokens of a dVAE", choices=RECIPES)
     tokenizer: str = flag("", "the dVAE's encoder, dalle_encoder.pth", may_change=True)
-    vocab: int | None = flag(None, "tokens of the dVAE [as many as the file has]", 2)
-    baseline: bool = flag(False, "mask tokens and visible patches in one stack")
+    vocab: int | None = flag(None, "vocabulary of the dVAE [the file's]", 2)
+    baseline: bool = flag(False, "MaskFeat or BEiT: mask tokens and visible patches in one stack")
     num_proxy: int | None = flag(None, "proxy tokens [hog 8, dvae 1, baseline 1]", 1)
     mask_ratio: float | None = flag(None, "masked share [hog 0.8, dvae 0.6, baseline 0.4]", 0, 1)
     jitter: float | None = flag(None, "change of brightness, contrast and saturation [hog 0, "
                                 "dvae 0.4]", 0, 1)
-    drop_path: float | None = flag(None, "drop path of the last layer, rising linearly from 0 in "
-                                   "the first [hog 0, dvae 0.1]", 0, 0.9)
-    first_lr: float | None = flag(None, "first learning rate over the peak [hog 1e-6, dvae 1e-4]",
-                                  0, 1)
-    last_lr: float | None = flag(None, "last learning rate [hog 1e-6, dvae 1e-5]", 0, 1e30)
+    drop_path: float | None = flag(None, "drop path rate of the last layer, rising linearly from 0 "
+                                   "in the first [hog 0, dvae 0.1]", 0, 0.9)
+    first_lr: float | None = flag(None, "first learning rate as a fraction of the peak [hog 1e-6, "
+                                  "dvae 1e-4]", 0, 1)
+    last_lr: float | None = flag(None, "last learning rate, absolute [hog 1e-6, dvae 1e-5]", 0,
+                                 1e30)
     clip_grad: float | None = flag(None, "largest gradient norm; 0: do not clip [hog 0.02, dvae 3]",
                                    0, 1e30)
     crop_scale: tuple[float, ...] = flag((), "range of a crop's share of the image [hog 0.5 1, "
                                          "dvae 0.08 1]", 1e-4, 1)
     betas: tuple[float, ...] = (0.9, 0.999)
     epochs: int = 6
-    base_lr: float = 2e-3  # the paper's 2e-4 is for ViT-B and 300 epochs
+    base_lr: float = 2e-3  # per 256 images; the paper's 2e-4 is for ViT-B, 300 epochs
     out: str = "runs/semantic_mim"
+    # As in common.py: 1 epoch of warm-up; weight decay 0.05, the paper's.
 
 
 def with_recipe(cfg):
@@ -110,12 +116,10 @@ def with_recipe(cfg):
     return cfg
 
 
-# --------------------------------------------------------------------------------------------------
-# Targets
-# --------------------------------------------------------------------------------------------------
+# ---- Targets
 
 def hog_cell(p):
-    """Pixels of a cell's side: 8, if the patch is a multiple of it."""
+    """The side of a HOG cell in pixels: 8 if it divides the patch side p."""
     if p % 8 == 0:
         return 8
     return p // 2 if p > 8 and p % 2 == 0 else p
@@ -123,25 +127,25 @@ def hog_cell(p):
 
 @torch.no_grad()
 def hog_target(images, p, bins=9):
-    """Histograms of oriented gradients after MaskFeat: normalised images [B, C, H, W] -> [B, N, C *
-    bins * cells]. Each cell's histogram has length 1. In a patch channel and bin come first, then
-    the row and the column of the cell."""
+    """Histograms of oriented gradients as in MaskFeat: normalised images [B, C, H, W] -> [B, N, C *
+    bins * cells]. Each cell's histogram has L2 norm 1. Order in a patch: channel, bin, row of the
+    cell, column of the cell."""
     cell = hog_cell(p)
     x = F.pad(images.float(), (1, 1, 1, 1), "reflect")
-    # The kernel (1, 0, -1), (2, 0, -2), (1, 0, -1) and its transpose, written out because GPUs
-    # round a convolution to 10 bits.
+    # The kernel (1, 0, -1), (2, 0, -2), (1, 0, -1) and its transpose, written as differences: on a
+    # GPU a convolution would run in TF32, with 10 bits.
     gx = x[..., :-2] - x[..., 2:]
     gx = gx[..., :-2, :] + 2 * gx[..., 1:-1, :] + gx[..., 2:, :]  # [B, C, H, W]
     gy = x[..., :-2, :] - x[..., 2:, :]
     gy = gy[..., :-2] + 2 * gy[..., 1:-1] + gy[..., 2:]
-    angle = (torch.atan2(gx, gy) / math.pi * bins).floor() % bins  # 0..bins-1
-    # A Gaussian window two cells wide is tiled from the top left corner.
+    index = (torch.atan2(gx, gy) / math.pi * bins).floor() % bins  # the bin, [B, C, H, W]
+    # A Gaussian window, two cells wide with a deviation of one cell, tiles the image.
     at = torch.arange(2 * cell, device=images.device) - cell + 0.5
     window = torch.exp(-at.square() / (2 * cell**2))
     window = window / window.sum()
     rows, columns = (window.repeat(n // cell)[:n] for n in images.shape[2:])
     strength = torch.hypot(gx, gy) * rows[:, None] * columns
-    sums = [F.avg_pool2d(strength * (angle == b), cell) * cell**2 for b in range(bins)]
+    sums = [F.avg_pool2d(strength * (index == b), cell) * cell**2 for b in range(bins)]
     histogram = F.normalize(torch.stack(sums, 2), dim=2)  # [B, C, bins, H / cell, W / cell]
     x = F.pixel_unshuffle(histogram.flatten(1, 2), p // cell)  # [B, C * bins * cells, gh, gw]
     return x.flatten(2).mT
@@ -153,7 +157,7 @@ class Tokenizer:
     def __init__(self, weights, device="cpu"):
         try:
             self.weights = {name: t.float().to(device) for name, t in weights.items()}
-            self.logits(torch.zeros(1, 3, 8, 8, device=device))
+            self.logits(torch.zeros(1, 3, 8, 8, device=device))  # raises if a weight is missing
         except (AttributeError, KeyError, RuntimeError) as error:
             raise BadInput(f"--tokenizer is not dalle_encoder.pth: {error}") from error
         self.vocab = len(self.weights["blocks.output.conv.w"])
@@ -179,23 +183,25 @@ class Tokenizer:
                     branch = self.conv(branch.relu(), f"{name}.res_path.conv_{number}")
                 if f"blocks.{name}.id_path.w" in self.weights:
                     x = self.conv(x, f"{name}.id_path")
-                x = x + branch / 64  # the number of blocks, squared
+                x = x + branch / 64  # 8 blocks, squared
             if group < 4:
                 x = F.max_pool2d(x, 2)
         return self.conv(x.relu(), "output.conv")
 
     @torch.no_grad()
     def __call__(self, images, grid):
-        """images in 0..1, resized so that a patch has 8 x 8 pixels -> its token's id [B, N]."""
+        """images in 0..1 -> token ids [B, N], after a resize that makes a patch 8 x 8 pixels. To
+        be called without autocast: in bf16 56 % of the ids of 500 photographs change (measured
+        with random weights that keep activations at unit variance)."""
         images = bicubic(images, [8 * n for n in grid]).clamp(0, 1)
         images = images.contiguous(memory_format=torch.channels_last)  # a tenth faster on a CPU
-        # bf16 changes 56 % of the ids of 500 photographs (random weights, unit activations).
-        return self.logits(0.1 + 0.8 * images).argmax(1).flatten(1)
+        return self.logits(0.1 + 0.8 * images).argmax(1).flatten(1)  # DALL-E's range of pixels
 
 
 def colour_jitter(images, noise, strength):
-    """Brightness, then contrast, then saturation change by factors in 1 +- strength: images [B, 3,
-    H, W] in 0..1, noise [B, 3] uniform. torchvision's would give all images the same factors."""
+    """Multiply brightness, then contrast, then saturation by factors in 1 +- strength: images [B,
+    3, H, W] in 0..1, noise [B, 3] uniform. torchvision's ColorJitter uses the same factors for a
+    whole batch."""
     factors = 1 + strength * (2 * noise - 1)
     brightness, contrast, saturation = factors[:, :, None, None, None].unbind(1)
 
@@ -207,9 +213,7 @@ def colour_jitter(images, noise, strength):
     return (grey(images) + saturation * (images - grey(images))).clamp(0, 1)
 
 
-# --------------------------------------------------------------------------------------------------
-# Model. With dVAE the blocks are BEiT's: no bias on k, a layer scale, drop path.
-# --------------------------------------------------------------------------------------------------
+# ---- Model. With dVAE the blocks are BEiT's: no bias on k, a layer scale, drop path.
 
 class BeitAttention(Attention):
     def __init__(self, dim, heads):
@@ -220,7 +224,7 @@ class BeitAttention(Attention):
     def project(self, x):
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
         x = F.linear(x, self.qkv.weight, bias)
-        return x.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        return x.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # [3, B, heads, T, d]
 
 
 class LayerScale(nn.Module):
@@ -233,7 +237,7 @@ class LayerScale(nn.Module):
 
 
 class DropPath(nn.Module):
-    """Leave a branch out for a random share of the images; scale the rest up to keep the mean."""
+    """Drop a branch for random images; scale it up for the others, so that the mean stays."""
 
     def __init__(self, rate):
         super().__init__()
@@ -251,7 +255,7 @@ class Block(nn.Module):
         super().__init__()
         beit = target == "dvae"
         self.norm1 = norm(dim)
-        self.attn = BeitAttention(dim, heads) if beit else Attention(dim, heads)
+        self.attn = BeitAttention(dim, heads) if beit else Attention(dim, heads, qkv_bias=True)
         self.ls1 = LayerScale(dim) if beit else nn.Identity()
         self.norm2 = norm(dim)
         self.mlp = Mlp(dim, 4 * dim)
@@ -260,16 +264,17 @@ class Block(nn.Module):
         self.drop_path2 = DropPath(drop_path)
 
     def forward(self, x, context=None):
-        """Compression: x [B, T, D] looks at itself. Reconstruction: x, the mask tokens, look at
-        [context; x], the context being the proxies. Queries and keys have the same norm."""
-        tokens = x if context is None else torch.cat([context, x], 1)
-        out = self.attn(self.norm1(tokens), first_query=tokens.shape[1] - x.shape[1])
+        """Compression: x [B, T, D] attends to itself. Reconstruction: the mask tokens x attend to
+        [context; x]; the context is the proxies. Queries and keys share norm1."""
+        keys = x if context is None else torch.cat([context, x], 1)
+        out = self.attn(self.norm1(keys), first_query=keys.shape[1] - x.shape[1])  # for x only
         x = x + self.drop_path1(self.ls1(out))
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
 
 
 class SemanticMIM(nn.Module):
-    encoder_name, pool = "", "mean"  # for evaluate.py: where the blocks are, the paper's feature
+    encoder_name = ""  # for evaluate.py: the submodule with the blocks; here the model itself
+    pool = "mean"  # the paper's feature
 
     def __init__(self, img_size=224, patch_size=16, in_chans=3, dim=768, depth=12, heads=12,
                  num_proxy=8, target="hog", vocab=8192, mask_ratio=0.8, drop_path=0.0,
@@ -284,10 +289,11 @@ class SemanticMIM(nn.Module):
             num_masked = 3  # one of 2 x 2 patches stays visible
         self.num_visible = self.num_patches - num_masked  # V
         if not 0 < self.num_visible < self.num_patches:
-            raise BadInput(f"--mask-ratio {mask_ratio} of {self.num_patches} patches: at least one "
-                           "must be visible and one masked")
+            raise BadInput(f"--mask-ratio {mask_ratio} leaves {self.num_visible} of "
+                           f"{self.num_patches} patches visible; at least one must be visible and "
+                           "one masked")
 
-        self.cls_token = nn.Parameter(torch.zeros(1, num_proxy, dim))  # the proxies
+        self.cls_token = nn.Parameter(torch.zeros(1, num_proxy, dim))  # the proxies; their name
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, num_proxy + self.num_patches, dim))
         self.patch_embed = PatchEmbed(patch_size, in_chans, dim)
@@ -297,14 +303,15 @@ class SemanticMIM(nn.Module):
         blocks = [] if baseline else [Block(dim, heads, target, rate) for rate in rates]
         self.extra_blocks = nn.ModuleList(blocks)  # reconstruction
         self.norm = norm(dim)
-        numbers = in_chans * 9 * (patch_size // hog_cell(patch_size)) ** 2
-        self.head = nn.Linear(dim, numbers if target == "hog" else vocab)
+        hog_size = in_chans * 9 * (patch_size // hog_cell(patch_size)) ** 2  # 9 bins
+        self.head = nn.Linear(dim, hog_size if target == "hog" else vocab)
         self.init_weights()
 
     def init_weights(self):
-        """With dVAE, as in BEiT, output matrices of layer l are divided by sqrt(2 l)."""
+        """Truncated normal with deviation 0.02, biases 0. For dVAE as in BEiT: Xavier MLPs, and the
+        output matrices of layer l are divided by sqrt(2 l)."""
         for name, p in self.named_parameters():
-            as_drawn = self.target == "hog" and name == "patch_embed.proj.bias"
+            as_drawn = self.target == "hog" and name == "patch_embed.proj.bias"  # as in theirs
             if p.ndim > 1:
                 nn.init.trunc_normal_(p, std=0.02)
             elif name.endswith("bias") and not as_drawn:
@@ -320,34 +327,34 @@ class SemanticMIM(nn.Module):
                 block.mlp.fc2.weight.data.div_((2 * layer) ** 0.5)
 
     def draw_mask(self, noise):
-        """The mask rule: noise [B, N], uniform -> is_masked [B, N]."""
+        """noise [B, N], uniform -> is_masked [B, N]: the M patches with the least noise."""
         return random_mask(noise, self.num_patches - self.num_visible)
 
-    def with_proxies(self, patches, pos):  # [B, T, D], [1, K + N, D] -> [B, K + T, D]
+    def with_proxies(self, x, pos):  # [B, T, D], [1, K + N, D] -> [B, K + T, D]
         proxies = self.cls_token + pos[:, :self.num_proxy]
-        return torch.cat([proxies.expand(len(patches), -1, -1), patches], 1)
+        return torch.cat([proxies.expand(len(x), -1, -1), x], 1)
 
     def mask_latents(self, patches, ids_visible, ids_masked):
-        """[B, N, P] -> [B, M, D], after the final norm."""
+        """patches [B, N, P] -> latents of the mask tokens [B, M, D], after the final norm."""
         K = self.num_proxy
         pos = self.pos_embed[:, K:]
         visible = self.patch_embed(gather(patches, ids_visible)) + gather(pos, ids_visible)
-        masks = self.mask_token + gather(pos, ids_masked)  # [B, M, D]
+        mask_tokens = self.mask_token + gather(pos, ids_masked)  # [B, M, D]
         x = self.with_proxies(visible, self.pos_embed)  # [B, K + V, D]
         if self.baseline:  # one stack, in which all tokens see each other
-            x = torch.cat([x, masks], 1)
+            x = torch.cat([x, mask_tokens], 1)
             for block in self.blocks:
                 x = block(x)
-            return self.norm(x[:, -masks.shape[1]:])
+            return self.norm(x[:, -mask_tokens.shape[1]:])
         for block, extra_block in zip(self.blocks, self.extra_blocks):
             x = block(x)  # compression
-            masks = extra_block(masks, context=x[:, :K])  # reconstruction
-        return self.norm(masks)
+            mask_tokens = extra_block(mask_tokens, context=x[:, :K])  # reconstruction
+        return self.norm(mask_tokens)
 
     def forward(self, images, is_masked=None, num_visible=None, tokens=None):
         """images [B, C, H, W], normalised per channel by the data set's mean and standard
-        deviation; is_masked [B, N], drawn if None; num_visible: visible patches of each row, if it
-        is not the model's own number; tokens [B, N]: the target dvae's ids -> loss, logs."""
+        deviation; is_masked [B, N], drawn if None; num_visible: visible patches per image, by
+        default the model's; tokens [B, N]: ids for the target dvae. Returns loss, logs."""
         if self.target == "dvae" and tokens is None:
             raise ValueError("the target dvae needs tokens [B, N], the ids of a Tokenizer")
         if is_masked is None:
@@ -361,15 +368,14 @@ class SemanticMIM(nn.Module):
             loss = F.cross_entropy(pred.flatten(0, 1), target.flatten())
             accuracy = (pred.argmax(-1) == target).float().mean()
             return loss, {"accuracy": accuracy, "pred_std": spread(pred)}
-        with torch.autocast(images.device.type, enabled=False):  # angles in float32
-            target = gather(hog_target(images, self.patch_size), ids_masked)
+        target = gather(hog_target(images, self.patch_size), ids_masked)
         loss = (pred - target).square().mean()
-        # loss_of_mean is the loss of predicting the mean everywhere. A model that learns beats it.
+        # loss_of_mean is the loss if the mean of all targets is predicted everywhere.
         return loss, {"loss_of_mean": target.var(unbiased=False), "pred_std": spread(pred),
                       "target_std": spread(target)}
 
-    def tokens_before(self, images, blocks):
-        """Whole images through these blocks of the compression stack -> [B, K + N, D]."""
+    def run_blocks(self, images, blocks):
+        """Run whole images through `blocks` of the compression stack -> [B, K + N, D]."""
         grid = patch_grid(images.shape[2:], self.patch_size)
         pos = resize_positions(self.pos_embed, self.grid, grid)
         x = self.patch_embed(patchify(images, self.patch_size)) + pos[:, self.num_proxy:]
@@ -379,30 +385,34 @@ class SemanticMIM(nn.Module):
         return x
 
     def encode(self, images):
-        """images, normalised as for `forward`, of any size that the patches divide -> pooled [B,
-        D], patches [B, N, D]. The compression stack sees all patches; call `eval()` first, else
-        drop path applies. pooled, the paper's feature, is the mean of the patches BEFORE the final
+        """images, normalised as for `forward`, of any size divisible by the patch size -> pooled
+        [B, D], patches [B, N, D]. The compression stack sees all patches; call `eval()` first, else
+        drop path applies. pooled, the paper's feature, is the mean patch token BEFORE the final
         norm, then a LayerNorm without gain; patches are after the final norm."""
-        x = self.tokens_before(images, self.blocks)[:, self.num_proxy:]
+        x = self.run_blocks(images, self.blocks)[:, self.num_proxy:]
         return F.layer_norm(x.mean(1), x.shape[-1:], eps=1e-6), self.norm(x)
 
     def attention(self, images):
-        """Where tokens look in the last layer, averaged over heads [B, K + N, K + N] (the paper's
-        figure 1)."""
+        """The attention weights of the last layer, averaged over heads (the paper's figure 1) ->
+        [B, K + N, K + N]."""
         last = self.blocks[-1]
-        q, k, _ = last.attn.project(last.norm1(self.tokens_before(images, self.blocks[:-1])))
+        q, k, _ = last.attn.project(last.norm1(self.run_blocks(images, self.blocks[:-1])))
         return (q.float() @ k.float().mT / q.shape[-1] ** 0.5).softmax(-1).mean(1)
 
     def pictures(self, images, to_rgb):
-        """{file name: {title: images [n, 3, H, W] in 0..1}}; to_rgb undoes the normalisation."""
-        colours = pca_colours(self.encode(images)[1], self.grid, images.shape[2:])
-        return {"attention.png": attention_maps(self, images, to_rgb),
-                "features.png": {"input": to_rgb(images), "PCA of patches": colours}}
+        """{file name: {title: images [n, 3 or 1, H, W] in 0..1}}; to_rgb undoes the
+        normalisation."""
+        K, size = self.num_proxy, images.shape[2:]
+        weights = self.attention(images)[:, :K, K:].mean(1)  # [n, N], the mean over proxies
+        weights = (weights / weights.amax(1, keepdim=True)).unflatten(1, self.grid)[:, None]
+        return {"features.png": {
+            "input": to_rgb(images), "proxies attend to": F.interpolate(weights, size),
+            "PCA of patches": pca_colours(self.encode(images)[1], self.grid, size)}}
 
     @classmethod
     def from_released(cls, state_dict, **sizes):
-        """A model with the weights of the authors' file. `sizes` are the constructor's, by default
-        the paper's ViT-B with HOG."""
+        """A model with the authors' weights. `sizes` go to the constructor, whose defaults are the
+        paper's ViT-B with HOG."""
         state = {}
         for name, t in state_dict.get("state_dict", state_dict).items():
             if name.startswith("target_generator."):
@@ -419,7 +429,7 @@ class SemanticMIM(nn.Module):
 
 
 Model = SemanticMIM
-RENAMED = [  # from the authors' parameter names to ours
+RENAMED = [  # from the authors' parameter names to ours; the order matters
     ("extra_layers.", "extra_blocks."), ("ffn.layers.0.0.", "mlp.fc1."),
     ("ffn.layers.1.", "mlp.fc2."), ("layers.", "blocks."), (".ln1.", ".norm1."),
     (".ln2.", ".norm2."), ("ln1.", "norm."), ("gamma_1", "ls1.gamma"), ("gamma_2", "ls2.gamma"),
@@ -428,25 +438,7 @@ RENAMED = [  # from the authors' parameter names to ours
 ]
 
 
-def attention_maps(model, images, to_rgb):
-    """Where the central patch looks, marked white in the input, and where each proxy looks."""
-    K = model.num_proxy
-    p = model.patch_size
-    row, column = model.grid[0] // 2, model.grid[1] // 2
-    marked = to_rgb(images).clone()
-    marked[:, :, row * p:row * p + p, column * p:column * p + p] = 1
-    query = K + row * model.grid[1] + column
-    looks = model.attention(images)[:, [query, *range(K)], K:]  # [n, 1 + K, N]
-    low, high = looks.amin(-1, keepdim=True), looks.amax(-1, keepdim=True)
-    looks = ((looks - low) / (high - low).clamp(min=1e-12)).unflatten(-1, model.grid)
-    maps = F.interpolate(looks, images.shape[2:]).split(1, 1)  # each [n, 1, H, W]
-    titles = ["patch", *(f"proxy {i + 1}" for i in range(K))]
-    return {"input": marked, **dict(zip(titles, maps))}
-
-
-# --------------------------------------------------------------------------------------------------
-# Training
-# --------------------------------------------------------------------------------------------------
+# ---- Training
 
 def build(cfg):
     return SemanticMIM(**encoder_sizes(cfg), num_proxy=cfg.num_proxy, target=cfg.target,
@@ -458,22 +450,22 @@ NO_DECAY = {"hog": ["mask_token"], "dvae": ["cls_token", "pos_embed"]}  # and al
 
 
 def learning_rate(step, total, warmup, peak, first, last):
-    """Linear from the first rate to the peak, which the last warm-up step has; then half a cosine
-    from the peak."""
+    """Linear from `first` to the peak, reached at step warmup - 1; then half a cosine to `last`,
+    which step `total`, one after the end, would have."""
     if step < warmup - 1:
         return first + (peak - first) * step / (warmup - 1)
-    return cosine(max(0, step - warmup), total - warmup, peak, last)
+    return cosine(max(0, step - warmup), total - warmup, first=peak, last=last)
 
 
 def train(cfg):
     cfg = with_recipe(cfg)
-    cfg, run = start(cfg)  # checks the flags, joins the processes, chooses device and dtype
+    cfg, run = start(cfg, "semantic_mim")  # checks flags, joins processes, picks device and dtype
     torch.manual_seed(cfg.seed)
     tokenizer = None
     if cfg.target == "dvae":
         tokenizer = Tokenizer.from_file(cfg.tokenizer, run.device)
         if cfg.vocab not in (None, tokenizer.vocab):
-            raise BadInput(f"--vocab {cfg.vocab}: the file of --tokenizer has {tokenizer.vocab}")
+            raise BadInput(f"--vocab {cfg.vocab}: the --tokenizer file has {tokenizer.vocab}")
         cfg = dataclasses.replace(cfg, vocab=tokenizer.vocab)
     model = build(cfg).to(run.device)
     train_set, val_set = load_data(cfg, run)
@@ -484,40 +476,39 @@ def train(cfg):
     optimizer = torch.optim.AdamW(param_groups(model, cfg.weight_decay, no_decay), betas=cfg.betas,
                                   fused=run.device.type != "mps")
     scaler = torch.amp.GradScaler(run.device.type, enabled=run.amp is torch.float16)
-    checkpoint = Checkpoint(cfg, run, "semantic_mim", plan, model=model, optimizer=optimizer,
-                            scaler=scaler)
-    first = checkpoint.resume()  # the number of steps done, the same on every rank
-    ddp = run.wrap(model, plan.total)  # compiled, and in DDP for several processes
-    meter = Meter(cfg, run, "semantic_mim", first, plan.total, scaler)
-    look = Look(cfg, run, model, train_set, val_set)
-    if first == 0:
+    checkpoint = Checkpoint(cfg, run, plan, model=model, optimizer=optimizer, scaler=scaler)
+    done = checkpoint.resume()  # steps, the same number on every rank
+    ddp = run.wrap(model, plan.total)  # compiles; adds DDP if there are several processes
+    meter = Meter(cfg, run, done, plan.total, scaler)
+    look = Look(cfg, run, model, train_set, val_set)  # k-NN, effective rank, pictures
+    if done == 0:
         meter.write_look(0, look(0))
 
-    stream = train_batches(cfg, run, train_set, first, plan.total)
-    for step in run.steps(first, plan.total):  # a signal lets the step finish
+    stream = train_batches(cfg, run, train_set, done, plan.total)
+    for step in run.steps(done, plan.total):  # on a signal, the step is finished and saved
         lr = learning_rate(step - 1, plan.total, plan.warmup, plan.peak_lr,
                            first=cfg.first_lr * plan.peak_lr, last=cfg.last_lr)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        torch.manual_seed(seed_of("drop path", cfg.seed, step, run.rank))  # it resumes exactly
+        torch.manual_seed(seed_of("drop path", cfg.seed, step, run.rank))  # resumes exactly
+        # Noise for the global batch: masks do not depend on the number of processes.
+        noise = draw((cfg.batch_size, model.num_patches), run.device, "mask", cfg.seed, step)
+        jitter_noise = draw((cfg.batch_size, 3), run.device, "jitter", cfg.seed, step)
 
         for micro in range(cfg.accum):
             with meter.waiting_for_data():
                 images = next(stream)  # [m, C, H, W]
             if cfg.jitter:
-                noise = draw((cfg.batch_size, 3), run.device, "jitter", cfg.seed, step)
-                images = denormalise(images, cfg)
-                images = colour_jitter(images, noise[run.rows(micro)], cfg.jitter)
+                images = denormalise(images, cfg)  # 0..1
+                images = colour_jitter(images, jitter_noise[run.rows(micro)], cfg.jitter)
                 images = normalise(255 * images, cfg)
             tokens = None
             if tokenizer:
                 tokens = tokenizer(denormalise(images, cfg), model.grid)  # [m, N]
-            # The noise is the global batch's: a mask does not depend on the number of processes.
-            noise = draw((cfg.batch_size, model.num_patches), run.device, "mask", cfg.seed, step)
             is_masked = model.draw_mask(noise[run.rows(micro)])
             ddp.require_backward_grad_sync = micro == cfg.accum - 1  # one all-reduce per step
             with run.autocast():
-                loss, logs = ddp(images, is_masked, model.num_visible, tokens)
+                loss, logs = ddp(images, is_masked, tokens=tokens)
             scaler.scale(loss / cfg.accum).backward()
             meter.add(loss=loss, **logs)
 
@@ -529,15 +520,15 @@ def train(cfg):
         meter.step_done(grad_norm=grad_norm)
 
         if plan.reports_at(step) or run.asked_to_stop:
-            report = meter.report(step, lr=lr)  # the only wait for the device
+            report = meter.report(step, lr=lr)  # the only synchronisation
             if not report.finite:
-                return run.stop_not_finite(report)  # the last good checkpoint stays
+                return run.stop_not_finite(report)  # keeps the last good checkpoint
             if plan.saves_at(step) or report.stop:
                 checkpoint.save(step)
-            if report.stop:
-                return run.stop_by_signal(step)
             if plan.evaluates_at(step):
                 meter.write_look(step, look(step))
+            if report.stop and step < plan.total:
+                return run.stop_by_signal(step)
     meter.close()
     return 0
 

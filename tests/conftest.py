@@ -1,5 +1,4 @@
-"""What the test files share: a toy size at which a run takes a fraction of a second, and how to run
-things."""
+"""What the tests share: a toy size at which a run takes a fraction of a second, and helpers."""
 
 import contextlib
 import dataclasses
@@ -12,13 +11,12 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import re
-import subprocess
 import sys
-import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parents[1]
+FIXTURES = ROOT / "tests" / "fixtures"
 SHARED_FIXTURES = ROOT.parent / "shared" / "fixtures"  # more numbers, if they are there
 sys.path.insert(0, str(ROOT))
 
@@ -28,8 +26,6 @@ from torchvision.transforms.functional import to_pil_image
 from tqdm import tqdm
 
 import common
-
-torch.set_num_threads(1)  # at this size threads cost more than they bring
 
 TOY = (32, 2, 2)  # width, depth, heads of an encoder that only tests have
 DECODER = "--decoder-dim 16 --decoder-heads 2 --decoder-depth 1"
@@ -77,26 +73,68 @@ def unbroken(tmp_path_factory):
     return run
 
 
-def started(method="mae", **changes):
+def started(method="mae", flags="", **changes):
     """(Config with its open values filled in, Run) as `train` gets them from `start`."""
-    return common.start(tiny("nowhere", method, **changes))
+    cfg = tiny("nowhere", method, flags, **changes)
+    if hasattr(MODULES[method], "with_recipe"):
+        cfg = MODULES[method].with_recipe(cfg)
+    return common.start(cfg)
 
 
 def built(method, flags=""):
     """The toy model of a method, in evaluation mode."""
-    cfg = tiny("nowhere", method, flags)
-    if hasattr(MODULES[method], "with_recipe"):
-        cfg = MODULES[method].with_recipe(cfg)
+    cfg, _ = started(method, flags)
     torch.manual_seed(0)
-    return MODULES[method].build(common.start(cfg)[0]).eval()
+    return MODULES[method].build(cfg).eval()
 
 
 def records(out):
     return [json.loads(line) for line in Path(out, "log.jsonl").read_text().splitlines()]
 
 
+def steps_of(out):
+    """The log's lines about training."""
+    return [r for r in records(out) if "loss" in r]
+
+
 def losses(out):
-    return [r["loss"] for r in records(out) if "loss" in r]
+    return [r["loss"] for r in steps_of(out)]
+
+
+def step_numbers(out):
+    return [r["step"] for r in steps_of(out)]
+
+
+def change_batches(method, change, set_attribute=setattr):
+    """Call change(images, number) for every micro-batch of a run, number from 1. It may return
+    other images."""
+    real = MODULES[method].train_batches
+
+    def changed(*args):
+        for number, images in enumerate(real(*args), 1):
+            other = change(images, number)
+            yield images if other is None else other
+    set_attribute(MODULES[method], "train_batches", changed)
+
+
+def load_fixture(name):
+    return torch.load(FIXTURES / f"{name}.pt", weights_only=True)
+
+
+def contents(folder):
+    paths = [path for path in Path(folder).rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+
+
+def assert_same_run(one, two):
+    """Bit for bit: the checkpoints but for --out, the log's steps but for the clock."""
+    first, second = (common.read_checkpoint(f"{out}/last.pt") for out in (one, two))
+    assert first["config"] | {"out": ""} == second["config"] | {"out": ""}
+    for state in (first, second):
+        del state["config"], state["method"]  # assert_close takes no words
+    torch.testing.assert_close(second, first, rtol=0, atol=0)
+    logs = [[r | {"images_per_s": 0, "data_wait": 0} for r in steps_of(out)] for out in (one, two)]
+    assert logs[0] == logs[1] != []
 
 
 def noise_image(seed, chans=3, height=40, width=36):
@@ -134,21 +172,12 @@ def environment(**env):
     return os.environ | {"OMP_NUM_THREADS": "1"} | env
 
 
-def run_program(args, cwd=ROOT, env=None, nproc=1, program="mae.py", timeout=240):
-    """The real program, to its end."""
-    return subprocess.run(launch(args, nproc, program), cwd=cwd, env=environment(**(env or {})),
-                          capture_output=True, text=True, timeout=timeout)
-
-
 def pytest_addoption(parser):
-    parser.addoption("--long", action="store_true",
-                     help="the long form of the tests that do damage: half an hour")
-    parser.addoption("--processes", type=int, default=0,
-                     help="how many share the tests. By default one a core, at most 8; one for "
-                     "fewer than 50 tests. Always one with -s, --pdb, -x, or a GPU")
+    parser.addoption("--long", action="store_true", help="also the tests that take minutes")
 
 
 def pytest_configure(config):
+    torch.set_num_threads(1)  # at this size threads cost more than they bring
     config.addinivalue_line("markers", "long: takes minutes; runs with --long")
 
 
@@ -173,14 +202,11 @@ def restored(monkeypatch):
 
 def how_many(session):
     option = session.config.option
-    if session.testsfailed or option.collectonly or option.usepdb or option.maxfail:
+    if option.collectonly or option.usepdb or option.maxfail or option.capture == "no":
         return 1
-    if getattr(option, "stepwise", False) or option.capture == "no":
-        return 1
-    if sys.platform != "linux" or torch.cuda.device_count():  # a fork cannot use a GPU
-        return 1
-    cores = len(os.sched_getaffinity(0))
-    return option.processes or (min(8, cores) if len(session.items) >= 50 else 1)
+    if session.testsfailed or sys.platform != "linux" or torch.cuda.device_count():
+        return 1  # a fork cannot use a GPU
+    return min(8, len(os.sched_getaffinity(0))) if len(session.items) >= 50 else 1
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -204,16 +230,13 @@ def pytest_runtestloop(session):
         while children:
             for told in multiprocessing.connection.wait(list(children)):
                 try:
-                    kind, data = told.recv()
+                    data = told.recv()
                 except EOFError:
                     child = children.pop(told)
                     child.join()
                     if child.exitcode:
                         session.shouldfail = f"a process that ran tests died: {child.exitcode}"
                         raise session.Failed(session.shouldfail) from None
-                    continue
-                if kind == "warning":
-                    config.hook.pytest_warning_recorded.call_historic(kwargs=data)
                     continue
                 report = config.hook.pytest_report_from_serializable(config=config, data=data)
                 config.hook.pytest_runtest_logreport(report=report)
@@ -230,15 +253,7 @@ def run_shares(config, shares, taken, tell):
     """What a child does. Its reports go to the parent, its captured output into its own files."""
     class Teller:
         def pytest_runtest_logreport(self, report):
-            data = config.hook.pytest_report_to_serializable(config=config, report=report)
-            tell(("report", data))
-
-        def pytest_warning_recorded(self, warning_message, when, nodeid, location):
-            old = warning_message  # as it is it may not travel
-            plain = UserWarning(f"{old.category.__name__}: {old.message}")
-            plain = warnings.WarningMessage(plain, UserWarning, old.filename, old.lineno)
-            tell(("warning", dict(warning_message=plain, when=when, nodeid=nodeid,
-                                  location=location)))
+            tell(config.hook.pytest_report_to_serializable(config=config, report=report))
 
     def items():
         while True:

@@ -7,7 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 import traceback
 from pathlib import Path
 
@@ -25,13 +24,24 @@ def program(method, argv):
     common.main(run, module.Config, module.__doc__)
 
 
+def invoke(monkeypatch, capsys, name, argv):
+    """The program in this process -> exit status, its lines on stderr without progress bars."""
+    monkeypatch.setattr(sys, "argv", [])  # restored after the test
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as leaving:
+        program(name, argv)
+    lines = capsys.readouterr().err.replace("\x1b[A", "").splitlines()
+    return leaving.value.code, [line for line in lines if line.strip() and "%|" not in line]
+
+
 def serve():
     """The server. Each line that it is sent names a function of a module, which runs in a fork."""
     common.MODELS["toy"] = TOY
     for line in sys.stdin:
         order = json.loads(line)
         if "wait" in order:
-            print(json.dumps(ended(order["wait"], order["seconds"])), flush=True)
+            _, status = os.waitpid(order["wait"], 0)
+            print(os.waitstatus_to_exitcode(status), flush=True)
             continue
         module = importlib.import_module(order["module"])
         if pid := os.fork():
@@ -40,18 +50,9 @@ def serve():
             run_job(getattr(module, order["job"]), order)
 
 
-def ended(pid, seconds):
-    give_up = time.monotonic() + seconds
-    while True:
-        found, status = os.waitpid(pid, os.WNOHANG)
-        if found:
-            return os.waitstatus_to_exitcode(status)
-        if time.monotonic() > give_up:
-            return None
-        time.sleep(0.01)
-
-
 def run_job(job, order):
+    signal.alarm(240)  # ends a job that hangs
+    os.setsid()  # a signal to its group reaches its loader processes, and nobody else
     os.environ.update(order["env"])
     for number in (1, 2):
         os.dup2(os.open(f"{order['told']}.{number}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
@@ -88,11 +89,10 @@ class Programs:
         self.running.add(pid)
         return pid
 
-    def wait(self, pid, seconds=120):
-        """-> exit status, minus the signal that it died of; None while it still runs."""
-        status = self.ask(wait=pid, seconds=seconds)
-        if status is not None:
-            self.running.remove(pid)
+    def wait(self, pid):
+        """-> exit status, or minus the signal that it died of."""
+        status = self.ask(wait=pid)
+        self.running.remove(pid)
         return status
 
     def run(self, job, **given):
@@ -116,17 +116,17 @@ class Programs:
         return [self.wait(pid) for pid in pids]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def all_programs(tmp_path_factory):
     programs = Programs(tmp_path_factory.mktemp("programs"))
     yield programs
-    programs.server.stdin.close()
+    programs.server.kill()
     programs.server.wait()
 
 
 @pytest.fixture
 def programs(all_programs, request):
-    """Starts functions of the test's module by their names. Import `all_programs` too."""
+    """Starts functions of the test's module by their names."""
     all_programs.module = request.module.__name__
     yield all_programs
     for pid in list(all_programs.running):  # a test that failed has left them

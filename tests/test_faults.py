@@ -3,18 +3,16 @@
 import contextlib
 import errno
 import io
-import json
+import itertools
 import math
 import multiprocessing
 import os
 import pickle
-import random
 import re
 import resource
 import shutil
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import time
@@ -30,12 +28,12 @@ from torchvision.transforms.functional import to_pil_image
 
 import common
 from common import BadInput, read_checkpoint
-from conftest import (METHODS, MODULES, ROOT, TWENTY, each_method, environment, launch, losses,
-                      noise_image, records, tiny, tiny_flags, trained, write_images)
-from programs import all_programs, program, programs  # noqa: F401, fixtures
+from conftest import (MODULES, ROOT, TWENTY, assert_same_run, change_batches, contents, each_method,
+                      environment, launch, losses, noise_image, records, step_numbers, tiny,
+                      tiny_flags, trained, write_images)
+from programs import all_programs, invoke, program, programs  # noqa: F401, fixtures
 
 mae = MODULES["mae"]
-linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 
 def toy_flags(method, out, *more):
@@ -45,136 +43,94 @@ def toy_flags(method, out, *more):
     return [*tiny_flags(method), *flags, str(out), *map(str, more)]
 
 
-def each_batch(method, change, set_attribute=setattr):
-    """Call change(images, number) for every batch, number from 1. It may return other images."""
-    real = MODULES[method].train_batches
-
-    def stream(*args):
-        for number, images in enumerate(real(*args), 1):
-            changed = change(images, number)
-            yield images if changed is None else changed
-    set_attribute(MODULES[method], "train_batches", stream)
-
-
-def invoke(monkeypatch, capsys, name, argv):
-    """The program in this process -> exit status, its lines on stderr without the progress bar."""
-    monkeypatch.setattr(sys, "argv", [])  # restored after the test
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as leaving:
-        program(name, argv)
-    lines = capsys.readouterr().err.replace("\x1b[A", "").splitlines()
-    return leaving.value.code, [line for line in lines if line.strip() and "img/s" not in line]
-
-
-def same(a, b):
-    """Two nested states are equal bit for bit."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return type(a) is type(b) and a == b
-
-
-def result(out):
-    """The checkpoint without its folder and the log of the steps without the clock."""
-    state, clock = read_checkpoint(Path(out, "last.pt")), {"images_per_s": 0, "data_wait": 0}
-    del state["config"]["out"]
-    return state, [r | clock for r in records(out) if "loss" in r]
-
-
-def steps_in(out):
-    return [r["step"] for r in records(out) if "loss" in r]
-
-
 def saved_step(out):
     """The step of the newest checkpoint. Every checkpoint that is there must be whole."""
     paths = [path for path in (out / "last.pt", out / "previous.pt") if path.exists()]
     return max([read_checkpoint(path)["step"] for path in paths], default=0)
 
 
-def contents(folder):
-    paths = [path for path in folder.rglob("*") if path.is_file()]
-    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+# -- 1. killed and interrupted
+
+def struck(method, argv, how, number, rank="0"):
+    """What happens to a rank at its nth batch. Its loader processes get a signal too, as terminals,
+    `timeout` and Slurm send it."""
+    def strike(images, n):
+        if n == number and os.environ.get("RANK", "0") == rank:
+            if how == "bad input":
+                raise BadInput("--data: too many broken images here")
+            if how == "nan":
+                images[0, 0, 0] = math.nan
+            else:
+                os.killpg(0, how)
+    change_batches(method, strike)
+    program(method, argv)
 
 
-# -- 1. killed -------------------------------------------------------------------------------------
+def mortal(method, argv, function, number):
+    """A program that kills itself at its nth call of a function of os."""
+    real, calls = getattr(os, function), itertools.count(1)
 
-def mortal(method, argv, count=None, **moment):
-    """A program that kills itself at the nth call or return of a function: counted from the start
-    (`run`), from its first save (`save`), or system calls from its first save (`system`). With
-    `count` it writes these numbers at the end of its first save into that file."""
-    seen, saver = {"run": 0, "save": 0, "system": 0}, common.Checkpoint.save.__code__
-
-    def profile(frame, event, what):
-        seen["run"] += 1
-        seen["save"] += bool(seen["save"]) or frame.f_code is saver and event == "call"
-        is_system = getattr(what, "__module__", "") == "posix" and event != "return"
-        seen["system"] += bool(seen["save"]) and is_system
-        if moment and all(seen[kind] == number for kind, number in moment.items()):
+    def call(*args):
+        if next(calls) == number:
             os.kill(os.getpid(), signal.SIGKILL)
-        if count and frame.f_code is saver and event == "return":
-            Path(count).write_text(json.dumps(seen))
-            sys.setprofile(None)
-    sys.setprofile(profile)
+        return real(*args)
+    setattr(os, function, call)
     program(method, argv)
 
 
-@pytest.mark.parametrize("method, kills", [
-    ("mae", 4), *(pytest.param(method, 20, marks=pytest.mark.long) for method in METHODS)])
-def test_a_run_that_is_killed_again_and_again(programs, tmp_path, method, kills):
-    """It ends as one that was not. Half of the kills are inside a save. Their moments are counted,
-    not timed, so a failure comes again."""
+@pytest.mark.parametrize("method", ["mae", "capi", *(pytest.param(name, marks=pytest.mark.long) for
+                                    name in ("latent_mim", "semantic_mim", "pilamim"))])
+def test_a_run_that_is_killed_again_and_again_equals_an_unbroken_one(programs, tmp_path, method):
+    """In a step, before a flush, and before each of the two renames. An epoch is 2.5 steps, and
+    there is a save every second step. Rewriting the log is the first call of each function."""
     def run(job, name, **more):
-        argv = toy_flags(method, tmp_path / name, "--epochs", 2 * kills)  # 5 steps per kill
+        argv = toy_flags(method, tmp_path / name, "--epochs", 4)
         return programs.run(job, method=method, argv=argv, **more)
-    out, count = tmp_path / "killed", tmp_path / "count"
-    assert run("mortal", "whole", count=str(count))[0] == 0
-    most = json.loads(count.read_text())
-    moments, saved, steps = random.Random(method), 0, set()
-    for kill in range(kills):
-        kind = ("run", "system", "run", "save")[kill % 4]
-        first, last = (most[kind], 3 * most[kind]) if kind == "run" else (1, most[kind])
-        moment = {kind: moments.randint(first, last)}
-        status, _, err = run("mortal", "killed", **moment)
-        assert status == -signal.SIGKILL, (moment, err)
-        assert saved_step(out) >= saved  # what was saved is never lost
-        saved = saved_step(out)
-        steps.add(saved)
-    assert len(steps) >= max(2, kills // 4) and saved < 5 * kills  # in different parts of the run
-    status, told, err = run("program", "killed")
-    assert status == 0 and f"step {saved}" in told, err
-    assert steps_in(out) == list(range(1, 5 * kills + 1)) and not list(out.glob("*.part"))
-    assert same(result(out), result(tmp_path / "whole"))
+    killed, step_4 = tmp_path / "killed", dict(how=signal.SIGKILL, number=4)
+    for saved, job, moment in [
+            (2, "struck", step_4), (2, "mortal", dict(function="fsync", number=2)),
+            (2, "mortal", dict(function="replace", number=3)),  # last.pt is previous.pt now
+            (4, "mortal", dict(function="replace", number=3)), (6, "struck", step_4)]:
+        status, _, err = run(job, "killed", **moment)
+        assert status == -signal.SIGKILL and saved_step(killed) == saved, (saved, job, moment, err)
+    for name in ("killed", "whole"):
+        assert run("program", name)[0] == 0
+    assert not list(killed.glob("*.part"))
+    assert_same_run(killed, tmp_path / "whole")
 
 
-def slow(method, argv, number):
-    """A run in which one batch takes a minute."""
-    each_batch(method, lambda images, n: time.sleep(60 * (n == number)))
+def test_a_signal_saves_and_the_same_command_goes_on(programs, tmp_path):
+    images, out = write_images(tmp_path / "images", 40), tmp_path / "run"
+    flags = f"--epochs 10 --save-every 100 --eval-every 100 --workers 2 --data {images}".split()
+    given = dict(method="mae", argv=toy_flags("mae", out, *flags), number=3)
+    for step, how in ((3, signal.SIGINT), (6, signal.SIGTERM), (9, signal.SIGHUP)):
+        status, told, err = programs.run("struck", how=how, **given)
+        assert status == 128 + how and f"stopped by a signal after step {step};" in told, err
+        assert saved_step(out) == step and "Traceback" not in err
+    assert step_numbers(out) == [*range(1, 10)]
+
+
+def interrupted_twice(method, argv):
+    """Two SIGINTs in step 4, two seconds apart by a clock that only this moves."""
+    clock = itertools.count(step=2)
+    common.time = SimpleNamespace(monotonic=lambda: next(clock), perf_counter=time.perf_counter)
+
+    def press(images, number):
+        for _ in range(2 if number == 4 else 0):
+            signal.raise_signal(signal.SIGINT)
+    change_batches(method, press)
     program(method, argv)
-
-
-def start_slow(programs, out):
-    """A run that has saved after step 2, has done step 3 and waits for the next batch -> its id."""
-    pid = programs.start("slow", method="mae", argv=toy_flags("mae", out, "--epochs", 4), number=4)
-    log, give_up = out / "log.jsonl", time.monotonic() + 120
-    while not log.exists() or '"step": 3, ' not in log.read_text():
-        assert time.monotonic() < give_up
-        time.sleep(0.02)
-    return pid
 
 
 def test_a_second_ctrl_c_leaves_at_once(programs, tmp_path):
-    pid = start_slow(programs, tmp_path)
-    while (status := programs.wait(pid, seconds=0.2)) is None:
-        os.kill(pid, signal.SIGINT)
-    assert status == -signal.SIGINT and saved_step(tmp_path) == 2  # not after the slow step
+    argv = toy_flags("mae", tmp_path, "--epochs", 4)
+    assert programs.run("interrupted_twice", method="mae", argv=argv)[0] == -signal.SIGINT
+    assert saved_step(tmp_path) == 2  # not after this step
 
 
-# -- 2. several processes --------------------------------------------------------------------------
+# -- 2. several processes
 
-DYING = """
+UNDER_TORCHRUN = """
 import os, signal, sys
 sys.path.insert(0, sys.argv.pop(1))
 import common, mae
@@ -182,9 +138,10 @@ real = mae.train_batches
 
 def stream(*args):
     for number, images in enumerate(real(*args), 1):
-        is_first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
-        if number == 5 and is_first and os.environ["RANK"] == "1":
-            os.kill(os.getpid(), signal.SIGKILL)
+        if number == 5 and os.environ["RANK"] == "1":
+            if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+                os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getppid(), signal.SIGTERM)
         yield images
 mae.train_batches = stream
 common.MODELS["toy"] = (32, 2, 2)
@@ -192,57 +149,41 @@ common.main(mae.train, mae.Config, "")
 """
 
 
-def test_torchrun_restarts_from_the_last_save(programs, tmp_path):
-    """Rank 1 of 2 is killed in its fifth step, once. There are saves at steps 2 and 4."""
+def test_torchrun_restarts_from_the_last_save_and_passes_sigterm_on(programs, tmp_path):
+    """Rank 1 of 2 kills itself in its fifth step, and after the restart it terminates torchrun.
+    There are saves at steps 2 and 4. Rank 0 may still have been at that of step 4."""
     def flags(name):
-        return toy_flags("mae", tmp_path / name, "--epochs", 4, "--eval-every", 0)
-    (tmp_path / "dying.py").write_text(DYING)
-    command = launch([ROOT, *flags("run")], nproc=2, program=str(tmp_path / "dying.py"))
+        return toy_flags("mae", tmp_path / name, "--epochs", 10**5, "--eval-every", 10**5)
+    (tmp_path / "script.py").write_text(UNDER_TORCHRUN)
+    command = launch([ROOT, *flags("run")], nproc=2, program=str(tmp_path / "script.py"))
     command.insert(command.index("--standalone"), "--max-restarts=1")
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
-    # Rank 0 may still have been at its save of step 4.
-    assert len(re.findall(r"resume: \S+, step [24]$", done.stdout, re.M)) == 1
-    assert steps_in(tmp_path / "run") == list(range(1, 11)) and saved_step(tmp_path / "run") == 10
-    assert programs.run_together("program", method="mae", argv=flags("whole")) == [0, 0]
-    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+    assert done.returncode != 0 and done.stdout.count("stopped by a signal after step") == 1
+    assert len(re.findall(r"resume: \S+, step [24]$", done.stdout, re.M)) == 1, done.stderr
+    given = dict(method="mae", argv=flags("whole"), how=signal.SIGTERM)
+    stop = saved_step(tmp_path / "run")
+    assert programs.run_together("struck", number=stop, **given) == [128 + signal.SIGTERM] * 2
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
-def poisoned(method, argv, number):
-    """Rank 1 gets a pixel that is not a number."""
-    def poison(images, n):
-        if n == number and os.environ["RANK"] == "1":
-            images[0, 0, 0] = math.nan
-        if n > number:
-            print("went on")
-    each_batch(method, poison)
-    program(method, argv)
-
-
-@each_method
-def test_a_nan_in_one_process_stops_both(programs, tmp_path, method):
-    argv = toy_flags(method, tmp_path, "--epochs", 4, "--eval-every", 0, "--save-every", 2)
-    statuses = programs.run_together("poisoned", method=method, argv=argv, number=7)
-    (out, err), (other_out, other_err) = programs.said(0), programs.said(1)
-    assert statuses == [1, 1], (err, other_err)
-    assert err.count("not finite in the steps up to 7") == 1 and "not finite" not in other_err
-    assert "went on" not in out + other_out
-    state = read_checkpoint(tmp_path / "last.pt")
-    assert state["step"] == 5 and all(t.isfinite().all() for t in state["model"].values())
-
-
-def leaving(method, argv, rank):
-    def leave(images, n):
-        if n == 4 and os.environ["RANK"] == str(rank):
-            raise BadInput("--data: too many broken images here")
-    each_batch(method, leave)
-    program(method, argv)
+@pytest.mark.parametrize("flags, status, line", [
+    ("--batch-size 33", 2, "--batch-size 33 does not divide"),
+    ("", 1, "not finite in the steps up to 7")])
+def test_two_processes_stop_together_with_one_line(programs, tmp_path, flags, status, line):
+    argv = toy_flags("mae", tmp_path, *"--epochs 4 --save-every 2".split(), *flags.split())
+    given = dict(method="mae", argv=argv, how="nan", number=7, rank="1")
+    assert programs.run_together("struck", **given) == [status, status], programs.said(0)
+    assert (programs.said(0)[1] + programs.said(1)[1]).count(line) == 1
+    if status == 1:
+        state = read_checkpoint(tmp_path / "last.pt")
+        assert state["step"] == 5 and all(t.isfinite().all() for t in state["model"].values())
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_process_that_leaves_says_why(programs, tmp_path, rank):
     argv = toy_flags("mae", tmp_path, "--epochs", 4)
-    statuses = programs.run_together("leaving", method="mae", argv=argv, rank=rank)
+    given = dict(method="mae", argv=argv, how="bad input", number=4, rank=str(rank))
+    statuses = programs.run_together("struck", **given)
     told = [programs.said(r)[1] for r in (0, 1)]
     assert (statuses[rank], statuses[1 - rank]) == (2, 1), told
     assert "too many broken images here" in told[rank]
@@ -259,9 +200,7 @@ def apart(method, argv, folder, more):
 APART = {  # what rank 1 has: (how its folder comes to it, its flags)
     "no checkpoint": (lambda own: shutil.rmtree(own / "run"), ""),
     "an older one": (lambda own: os.replace(own / "run/previous.pt", own / "run/last.pt"), ""),
-    "a damaged one": (lambda own: (own / "run/last.pt").write_bytes(b""), ""),
     "fewer images": (lambda own: (own / "set/003.png").unlink(), ""),
-    "more epochs": (lambda own: None, "--epochs 5"),
     "another seed": (lambda own: [*map(shutil.rmtree, own.parent.glob("*/run"))], "--seed 1"),
 }
 
@@ -283,54 +222,39 @@ def test_ranks_that_disagree_do_not_train(programs, tmp_path, monkeypatch, what)
     assert contents(tmp_path) == before
 
 
-def stopped(method, argv, batch):
-    def stop(images, n):
-        if n == batch:
-            os.kill(os.getpid(), signal.SIGTERM)
-    each_batch(method, stop)
-    program(method, argv)
-
-
 @each_method
 def test_a_run_goes_on_with_another_number_of_processes(unbroken, programs, tmp_path, method):
     """One process to step 6, two to step 13, one to the end."""
-    def given(batch):
-        argv = toy_flags(method, tmp_path, "--epochs", 8)
-        return {"method": method, "argv": argv, "batch": batch}
-    assert programs.run("stopped", **given(6))[0] == 128 + signal.SIGTERM
-    assert programs.run_together("stopped", **given(7)) == [128 + signal.SIGTERM] * 2
-    assert saved_step(tmp_path) == 13
-    assert programs.run("stopped", **given(None))[0] == 0
+    given = dict(method=method, argv=toy_flags(method, tmp_path, "--epochs", 8))
+    stop = dict(how=signal.SIGTERM, **given)
+    assert programs.run("struck", number=6, **stop)[0] == 128 + signal.SIGTERM
+    together = programs.run_together("struck", number=7, rank="1", **stop)
+    assert together == [128 + signal.SIGTERM] * 2 and saved_step(tmp_path) == 13
+    assert programs.run("program", **given)[0] == 0
     whole = unbroken(method).out
-    assert len(losses(tmp_path)) == 20 and losses(tmp_path)[:6] == losses(whole)[:6]
+    assert losses(tmp_path)[:6] == losses(whole)[:6]
     assert losses(tmp_path) == pytest.approx(losses(whole), rel=1e-5)  # the log has six digits
 
 
-# -- 3. saving -------------------------------------------------------------------------------------
-
-@contextlib.contextmanager
-def largest_file(size):
-    """The kernel lets no file grow beyond this size, as on a disk that is almost full."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
+# -- 3. saving
 
 def test_a_full_disk_costs_no_checkpoint(tmp_path, monkeypatch):
+    """The kernel lets no file grow beyond a size, as on a disk that is almost full."""
     monkeypatch.setattr(common, "save_picture", lambda *args: None)  # larger than a checkpoint
     trained(tiny(tmp_path))
     before = (tmp_path / "last.pt").read_bytes()
     in_the_log = (tmp_path / "log.jsonl").stat().st_size + 10
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     for size in (in_the_log, len(before) // 2, len(before) - 1):
-        full = pytest.raises(BadInput, match=f"{tmp_path}.*(File too large|disk full)")
-        with largest_file(size), full:
-            mae.train(tiny(tmp_path, epochs=2))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+        try:
+            with pytest.raises(BadInput, match=f"{tmp_path}.*(File too large|disk full)"):
+                mae.train(tiny(tmp_path, epochs=2))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         assert (tmp_path / "last.pt").read_bytes() == before
     trained(tiny(tmp_path, epochs=2))  # there is room again
-    assert steps_in(tmp_path) == [1, 2, 3, 4]
+    assert step_numbers(tmp_path) == [1, 2, 3, 4]
 
 
 def test_a_checkpoint_is_flushed_before_it_is_renamed(tmp_path, monkeypatch):
@@ -342,14 +266,13 @@ def test_a_checkpoint_is_flushed_before_it_is_renamed(tmp_path, monkeypatch):
         real_sync(number)
 
     def replace(old, new):
-        if Path(new).name == "last.pt":
-            done.append(("renamed", os.stat(old).st_size))
+        done.append((Path(new).name, os.stat(old).st_size))
         real_replace(old, new)
     monkeypatch.setattr(os, "fsync", sync)
     monkeypatch.setattr(os, "replace", replace)
     trained(tiny(tmp_path))
     size = (tmp_path / "last.pt").stat().st_size
-    assert done == [("flushed", size), ("renamed", size)]
+    assert done[-2:] == [("flushed", size), ("last.pt", size)]
 
 
 @pytest.mark.parametrize("lost", [False, True])
@@ -364,7 +287,8 @@ def test_previous_pt_replaces_a_damaged_or_lost_last_pt(tmp_path, capsys, lost):
     trained(tiny(out, epochs=4, save_every=1))
     told = capsys.readouterr().out
     assert told.count(f"warning: {out}/last.pt: damaged") == (not lost)
-    assert f"resume: {out}/previous.pt, step 6" in told and same(result(whole), result(out))
+    assert f"resume: {out}/previous.pt, step 6" in told
+    assert_same_run(whole, out)
     for name in ("last.pt", "previous.pt"):
         (out / name).write_bytes(b"PK and no more")
     before = contents(out)
@@ -382,23 +306,17 @@ def a_dangling_link(path):
     path.symlink_to(path.parent / "nowhere")
 
 
-def a_full_disk(path):
-    path.symlink_to("/dev/full")
-
-
 @pytest.mark.parametrize("name, put", [
     ("last.pt", a_folder), ("last.pt", os.mkfifo), ("last.pt", a_dangling_link),
-    ("last.pt.part", a_folder), ("last.pt.part", a_full_disk), ("previous.pt", a_folder),
-    ("log.jsonl", a_folder), ("log.jsonl", os.mkfifo),
-    ("reconstruction.png", a_folder), ("reconstruction.png", a_full_disk)])
+    ("last.pt.part", a_folder), ("previous.pt", a_folder), ("log.jsonl", os.mkfifo),
+    ("reconstruction.png", a_folder)])
 def test_something_else_is_in_the_way(tmp_path, name, put):
     """One line says so. It stays, and the checkpoint too, but a picture is drawn after the save."""
     trained(tiny(tmp_path))
     (tmp_path / name).unlink(missing_ok=True)
     put(tmp_path / name)
     before = contents(tmp_path)
-    text = "space left|disk full" if put is a_full_disk else str(tmp_path)
-    with pytest.raises(BadInput, match=text):
+    with pytest.raises(BadInput, match=str(tmp_path)):
         mae.train(tiny(tmp_path, epochs=2))
     after, saved = contents(tmp_path), [] if name == "reconstruction.png" else ["last.pt"]
     assert os.path.lexists(tmp_path / name)
@@ -406,16 +324,22 @@ def test_something_else_is_in_the_way(tmp_path, name, put):
         assert after.get(path) == before.get(path)
 
 
-def test_two_runs_in_one_folder(programs, tmp_path):
-    pid = start_slow(programs, tmp_path)
-    before = contents(tmp_path)
-    for resume in ("auto", "no"):
-        with pytest.raises(BadInput, match=f"--out {tmp_path}: another run is writing here"):
-            mae.train(tiny(tmp_path, resume=resume, **TWENTY))
-    assert contents(tmp_path) == before
-    os.kill(pid, signal.SIGKILL)
-    programs.wait(pid)
-    trained(tiny(tmp_path, **TWENTY))  # the lock ended with its process
+def test_a_second_run_in_the_same_folder_is_refused(programs, tmp_path, monkeypatch):
+    def files():
+        return [(tmp_path / name).read_bytes() for name in ("last.pt", "log.jsonl")]
+
+    def start_another(images, number):
+        if number == 4:
+            before = files()
+            for resume in ("auto", "no"):
+                argv = toy_flags("mae", tmp_path, "--epochs", 8, "--resume", resume)
+                found.append(programs.run("program", method="mae", argv=argv))
+            assert files() == before
+    found = []
+    change_batches("mae", start_another, monkeypatch.setattr)
+    trained(tiny(tmp_path, eval_every=1, **TWENTY | {"save_every": 1}))
+    assert [status for status, _, _ in found] == [2, 2]
+    assert all(f"--out {tmp_path}: another run is writing here" in err for _, _, err in found)
 
 
 def test_an_error_while_looking_does_not_cost_the_training(tmp_path, monkeypatch):
@@ -433,10 +357,10 @@ def test_a_damaged_log_does_not_stop_a_run(tmp_path):
     with open(tmp_path / "log.jsonl", "ab") as file:
         file.write(b'\xff\xfe no log }\n{}}\n[1]\nnull\n{"step": "two"}\n{"step": 2, "lo')
     trained(tiny(tmp_path, epochs=2))
-    assert steps_in(tmp_path) == [1, 2, 3, 4]
+    assert step_numbers(tmp_path) == [1, 2, 3, 4]
 
 
-# -- 4. loading ------------------------------------------------------------------------------------
+# -- 4. loading
 
 class Payload:
     def __reduce__(self):
@@ -468,7 +392,6 @@ def damaged(whole, state):
         "code": code, "step is negative": state | {"step": -4},
         "weights of DDP": state | {"model": {"module." + name: t for name, t in model.items()}},
         "larger weights": state | {"model": {name: torch.cat([t, t]) for name, t in model.items()}},
-        "weights missing": state | {"model": dict([*model.items()][1:])},
         "weights are numbers": state | {"model": dict.fromkeys(model, 1.0)},
         "optimizer of another model": state | {"optimizer": {"state": {}, "param_groups": []}},
     }
@@ -476,10 +399,10 @@ def damaged(whole, state):
         states[f"no {field}"] = {name: value for name, value in state.items() if name != field}
         states[f"{field} is a list"] = state | {field: [1, 2]}
     return {
-        "empty": b"", "one byte": whole[:1], "half": whole[:len(whole) // 2],
-        "last byte missing": whole[:-1], "bit of a weight": flipped(whole, len(whole) // 2),
-        "zeros": bytes(len(whole)), "zip of something else": zipped(readme="hello"),
-        "a list": pickle.dumps([1], protocol=2), "code, old format": pickle.dumps(code, protocol=2),
+        "empty": b"", "half": whole[:len(whole) // 2], "last byte missing": whole[:-1],
+        "bit of a weight": flipped(whole, len(whole) // 2), "zeros": bytes(len(whole)),
+        "zip of something else": zipped(readme="hello"), "a list": pickle.dumps([1], protocol=2),
+        "code, old format": pickle.dumps(code, protocol=2),
         "code in a zip": zipped(**{"last/data.pkl": pickle.dumps(Payload(), protocol=2),
                                    "last/version": "3\n", "last/byteorder": "little"}),
         **{name: saved(changed) for name, changed in states.items()}}
@@ -505,7 +428,7 @@ def test_a_damaged_checkpoint_is_refused(unbroken, tmp_path, monkeypatch, capsys
             assert os.listdir() == ["last.pt"], damage  # no run, and no CANARY
 
 
-@each_method
+@pytest.mark.parametrize("method", ["mae", "capi"])
 def test_an_optimizer_of_other_shapes_is_refused(unbroken, tmp_path, method):
     """torch would load it, and the fused AdamW would write beyond the end of its averages."""
     state = unbroken(method).state
@@ -517,22 +440,8 @@ def test_an_optimizer_of_other_shapes_is_refused(unbroken, tmp_path, method):
             MODULES[method].train(tiny(tmp_path, method, eval_every=1, **TWENTY))
 
 
-def test_any_bit_may_flip(unbroken, tmp_path):
-    """A flip is found, or was in a byte that nobody reads."""
-    whole, path = (unbroken("mae").out / "last.pt").read_bytes(), tmp_path / "last.pt"
-    places, refused = random.Random(0), 0
-    for most in 60 * [len(whole)] + 30 * [2000]:
-        path.write_bytes(flipped(whole, place := places.randrange(most)))
-        try:
-            assert same(read_checkpoint(path), unbroken("mae").state), place
-        except BadInput as error:
-            assert str(error).startswith(f"{path}: ") and "\n" not in str(error)
-            refused += 1
-    assert refused > 50
-
-
 @pytest.mark.parametrize("error", [
-    PermissionError(errno.EACCES, ""), OSError(errno.EIO, ""), MemoryError(),
+    PermissionError(errno.EACCES, ""), MemoryError(),
     RuntimeError("unable to mmap 1024 bytes from file <last.pt>: Cannot allocate memory (12)")])
 def test_a_checkpoint_that_is_unreadable_now_is_not_damaged(tmp_path, monkeypatch, error):
     """Else the run would go on from previous.pt, and its next save would push last.pt out."""
@@ -546,7 +455,7 @@ def test_a_checkpoint_that_is_unreadable_now_is_not_damaged(tmp_path, monkeypatc
     assert contents(tmp_path) == before
 
 
-# -- 5. images -------------------------------------------------------------------------------------
+# -- 5. images
 
 def encoded(image, kind):
     file = io.BytesIO()
@@ -554,60 +463,41 @@ def encoded(image, kind):
     return file.getvalue()
 
 
-def npy(shape, data=b"", kind="|u1"):
-    head = f"{{'descr': '{kind}', 'fortran_order': False, 'shape': {shape}, }}".ljust(117) + "\n"
-    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(head)) + head.encode() + data
+def array(values):
+    file = io.BytesIO()
+    np.save(file, values)
+    return file.getvalue()
 
 
 PHOTO = to_pil_image(noise_image(0))
 POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 40 36\n%%EndComments\nshowpage\n"
+FLOATS = np.full((40, 36), np.nan, np.float32)
 BROKEN = {  # file name: bytes
     "text.jpg": b"Dear diary,\n", "empty.png": b"", "postscript.png": POSTSCRIPT,
-    "absurd.bmp": b"BM" + struct.pack("<4I2i2H6I", 54, 0, 54, 40, 60000, 60000, 1, 24, *[0] * 6),
-    "absurd.ppm": b"P6 60000 60000 255\n" + bytes(1000),
     "checksum.png": flipped(encoded(PHOTO, "png"), 60),
-    "floats.tif": encoded(Image.fromarray(np.full((40, 36), np.nan, np.float32)), "tiff"),
-    "noise.tif": b"II*\x00\x08\x00\x00\x00\x03\x00\xff",
-}
-for kind in ("jpeg", "png", "webp", "tiff", "bmp"):
-    BROKEN[f"truncated.{kind}"] = encoded(PHOTO, kind)[:-300]
-BROKEN_ARRAYS = {
-    "empty.npy": b"", "truncated.npy": npy((40, 40, 5), bytes(100)),
-    "absurd.npy": npy((60000, 60000, 5), bytes(1000)), "no pixels.npy": npy((0, 40, 5)),
-    "floats.npy": npy((1, 1, 5), bytes(20), "<f4"), "three channels.npy": npy((2, 2, 3), bytes(12)),
-    "zip.npy": zipped(a=npy((2, 2, 5), bytes(20))), "pickle.npy": pickle.dumps(Payload()),
+    "floats.tif": encoded(Image.fromarray(FLOATS), "tiff"),
+    "truncated.jpeg": encoded(PHOTO, "jpeg")[:-300], "truncated.png": encoded(PHOTO, "png")[:-300],
+    "empty.npy": b"", "pickle.npy": pickle.dumps(Payload()), "floats.npy": array(FLOATS[..., None]),
+    "truncated.npy": array(np.zeros((40, 36, 5), np.uint8))[:-300],
+    "three channels.npy": array(np.zeros((2, 2, 3), np.uint8)),
 }
 
 
-def read_all(folder):
-    """How much memory it takes to find out which images are broken."""
-    def peak():
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    broken, before = [], None
-    for chans, ending in ((3, "[!y]"), (5, ".npy")):
-        paths = sorted(path for path in Path(folder).glob("*" + ending))
-        data = common.Folder(np.array([os.fsencode(path) for path in paths]), {})
-        reader = common.Reader(data, tiny("run", in_chans=chans), (16, 16))
-        for index in (len(paths) - 1, *range(len(paths))):  # the last one is whole
-            found = []
-            reader.read(index, torch.rand(1, 41), found)
-            broken += [paths[i].name for i, _ in found]
-            before = before or peak()
-    print(json.dumps([peak() - before, sorted(set(broken))]))
+@pytest.mark.parametrize("name", [*BROKEN, "pipe.png"])
+def test_a_broken_image_is_refused(tmp_path, name):
+    """Also a pipe, which has no end."""
+    path = tmp_path / name
+    if name == "pipe.png":
+        os.mkfifo(path)
+    else:
+        path.write_bytes(BROKEN[name])
+    with pytest.raises((OSError, ValueError, SyntaxError, EOFError)):
+        read_whole(path, 5 if name.endswith("npy") else 3)
 
 
-@linux
-def test_broken_images_are_found_and_do_not_eat_the_memory(programs, tmp_path):
-    for name, data in (BROKEN | BROKEN_ARRAYS).items():
-        (tmp_path / name).write_bytes(data)
-    os.mkfifo(tmp_path / "pipe.png")
-    (tmp_path / "zz.png").write_bytes(encoded(PHOTO, "png"))
-    np.save(tmp_path / "zz.npy", np.zeros((9, 9, 5), np.uint8))
-    status, out, err = programs.run("read_all", folder=str(tmp_path))
-    assert status == 0, err
-    mib, broken = json.loads(out)
-    assert broken == sorted([*BROKEN, *BROKEN_ARRAYS, "pipe.png"])
-    assert mib < 100  # 60,000 x 60,000 pixels take 10 GiB
+def read_whole(path, chans):
+    """All of an image that has 32 x 64 pixels -> uint8 [C, 32, 64]."""
+    return common.read_crop(str(path), chans, (32, 64), lambda height, width: (0, 0, height, width))
 
 
 def test_postscript_is_not_run(tmp_path, monkeypatch):
@@ -642,13 +532,8 @@ def test_broken_images_are_named_once_and_above_one_percent_stop_the_run(tmp_pat
     assert (tmp_path / "run/last.pt").exists() == (count == 2)
 
 
-def read_whole(path, chans):
-    """All of an image that has 32 x 64 pixels -> uint8 [C, 32, 64]."""
-    return common.read_crop(str(path), chans, (32, 64), lambda height, width: (0, 0, height, width))
-
-
-def test_sixteen_bits(tmp_path):
-    """Scaled, not cut off: most of a 16-bit picture is above 255."""
+def test_sixteen_bits_are_scaled(tmp_path):
+    """Not cut off: most of a 16-bit picture is above 255."""
     ramp = np.linspace(0, 65535, 64 * 32).astype(np.uint16).reshape(32, 64)
     for name, chans in (("grey.png", 1), ("grey.tif", 3)):
         Image.fromarray(ramp).save(tmp_path / name)
@@ -657,25 +542,20 @@ def test_sixteen_bits(tmp_path):
         assert difference.shape == image.shape == (chans, 32, 64) and difference.abs().max() <= 1
 
 
-def test_links_in_circles(tmp_path):
-    """No image is found twice."""
-    for name in ("one", "two"):
-        write_images(tmp_path / "set" / name, 2)
-    for link, target in (("one/two", "two"), ("two/one", "one"), ("two/up", "."), ("self", "self")):
-        (tmp_path / "set" / link).symlink_to(tmp_path / "set" / target)
-    paths, _ = common.find_images(tmp_path / "set", 3)
-    assert len({os.path.realpath(path) for path in paths}) == len(paths) == 4
-
-
-@pytest.mark.parametrize("name", [
-    "море 海 🙂.png".encode(), b"caf\xe9.png", b"two\nlines.png", b"-x %s{}.png"])
-def test_names_of_files(tmp_path, capsys, name):
-    """Read if they are whole, named if they are not; also a name that is not UTF-8."""
-    folder = write_images(tmp_path / "set", 1)
-    Path(os.fsdecode(bytes(folder) + b"/whole " + name)).write_bytes(encoded(PHOTO, "png"))
-    Path(os.fsdecode(bytes(folder) + b"/torn " + name)).write_bytes(b"no image")
-    trained(tiny(tmp_path / "run", data=str(folder), batch_size=3, epochs=2))
-    assert capsys.readouterr().out.count("warning: cannot read") == 1
+def test_a_folder_may_hold_links_in_circles_odd_names_and_the_run_itself(tmp_path, capsys):
+    """No image is found twice, no name is a problem, and the run does not train on its pictures."""
+    root = tmp_path / "set"
+    write_images(root / "one", 100)
+    for link, target in (("one/up", "."), ("two", "one"), ("self", "self")):
+        (root / link).symlink_to(root / target)
+    name = "-x %s{} море 🙂\n".encode() + b"caf\xe9.png"  # the last is not UTF-8
+    for kind, data in ((b"/whole", encoded(PHOTO, "png")), (b"/torn", b"no image")):
+        Path(os.fsdecode(bytes(root) + kind + name)).write_bytes(data)
+    for epochs in (1, 2):
+        trained(tiny(root / "run", data=str(root), batch_size=51, epochs=epochs))
+        told = capsys.readouterr().out
+        assert "data: 102 images " in told and told.count("warning: cannot read") == 1
+    assert (root / "run/reconstruction.png").exists()
 
 
 def test_a_class_folder_that_cannot_be_read_stops_the_run(tmp_path, monkeypatch):
@@ -692,37 +572,19 @@ def test_a_class_folder_that_cannot_be_read_stops_the_run(tmp_path, monkeypatch)
         mae.train(tiny(tmp_path / "run", data=str(tmp_path)))
 
 
-def test_a_run_among_its_images(tmp_path, capsys):
-    """--out inside --data: the run's pictures are not trained on when it goes on."""
-    folder = write_images(tmp_path / "set", 10)
-    for epochs in (1, 2):
-        trained(tiny(folder / "run", data=str(folder), epochs=epochs))
-    assert (folder / "run/reconstruction.png").exists()
-    assert capsys.readouterr().out.count("data: 10 images ") == 2
+# -- 6. numbers
 
-
-# -- 6. numbers ------------------------------------------------------------------------------------
-
-def all_finite(out):
-    return all(math.isfinite(v) for record in records(out)[1:] for v in record.values())
-
-
-@pytest.mark.parametrize("value, amp", [(0.0, "off"), (3.0, "off"), (0.0, "bf16")])
+@pytest.mark.parametrize("amp", ["off", "bf16"])
 @each_method
-def test_constant_images(tmp_path, monkeypatch, method, value, amp):
+def test_constant_images_give_finite_losses_and_weights(tmp_path, monkeypatch, method, amp):
     """A variance of zero is under every root and quotient."""
-    each_batch(method, lambda images, n: torch.full_like(images, value), monkeypatch.setattr)
+    change_batches(method, lambda images, n: torch.zeros_like(images), monkeypatch.setattr)
     state = trained(tiny(tmp_path, method, epochs=4, amp=amp), method)
-    assert all_finite(tmp_path) and all(t.isfinite().all() for t in state["model"].values())
+    assert all(math.isfinite(v) for record in records(tmp_path)[1:] for v in record.values())
+    assert all(t.isfinite().all() for t in state["model"].values())
 
 
-@each_method
-def test_a_batch_of_one(tmp_path, method):
-    trained(tiny(tmp_path, method, data="shapes:4", batch_size=1, epochs=2), method)
-    assert len(losses(tmp_path)) == 8 and all_finite(tmp_path)
-
-
-def test_fp16_that_never_recovers(tmp_path, monkeypatch, capsys):
+def test_fp16_that_never_recovers_stops_the_run(tmp_path, monkeypatch, capsys):
     """A gradient that is not finite at any loss scale: the scaler would skip every step."""
     real = mae.build
 
@@ -737,14 +599,14 @@ def test_fp16_that_never_recovers(tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "last.pt").exists() and "NaN" not in (tmp_path / "log.jsonl").read_text()
 
 
-# -- 7. the environment ----------------------------------------------------------------------------
+# -- 7. the environment
 
 JOIN = "WORLD_SIZE=2 MASTER_ADDR=localhost MASTER_PORT="
 
 
 @pytest.mark.parametrize("env", [
-    "WORLD_SIZE=", "RANK=", "RANK=-1", "RANK=0x0", "RANK=3", "WORLD_SIZE=2 RANK=2", "LOCAL_RANK=9",
-    "LOCAL_WORLD_SIZE=1.5", "WORLD_SIZE=2", JOIN + "port", JOIN + "99999", JOIN + "BUSY"])
+    "WORLD_SIZE=", "WORLD_SIZE=0", "RANK=-1", "RANK=0x0", "WORLD_SIZE=2 RANK=2", "LOCAL_RANK=9",
+    "WORLD_SIZE=2", JOIN + "port", JOIN + "99999", JOIN + "BUSY"])
 def test_bad_environment_variables_are_one_line(tmp_path, monkeypatch, capsys, env):
     with socket.create_server(("", 0)) as taken:
         for word in env.replace("BUSY", str(taken.getsockname()[1])).split():
@@ -753,20 +615,20 @@ def test_bad_environment_variables_are_one_line(tmp_path, monkeypatch, capsys, e
     assert status == 2 and len(lines) == 1 and not (tmp_path / "run").exists(), lines
 
 
-@pytest.mark.parametrize("streams", [">&- 2>&-", ">/dev/full"])
-def test_a_run_goes_on_if_nothing_can_be_printed(tmp_path, streams):
-    """stdout and stderr are closed; stdout is on a full disk."""
-    command = launch([*tiny_flags("mae"), "--log-every", 1, "--out", tmp_path])
-    done = subprocess.run(" ".join([*command, streams]), shell=True, env=environment(), timeout=240)
-    assert done.returncode == 0 and saved_step(tmp_path) == 2
+def silent(method, argv, full):
+    """stdout is on a full disk, or stdout and stderr are closed."""
+    if full:
+        os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
+    else:
+        sys.stdout = sys.stderr = None  # as Python has it
+        os.closerange(1, 3)
+    program(method, argv)
 
 
-@each_method
-def test_help_without_docstrings(capsys, method):
-    """python -OO removes them."""
-    with pytest.raises(SystemExit, match="0"):
-        common.parse_args(MODULES[method].Config, None, ["--help"])
-    assert "--batch-size" in capsys.readouterr().out
+@pytest.mark.parametrize("full", [True, False])
+def test_a_run_goes_on_if_nothing_can_be_printed(programs, tmp_path, full):
+    pid = programs.start("silent", method="mae", argv=toy_flags("mae", tmp_path), full=full)
+    assert programs.wait(pid) == 0 and saved_step(tmp_path) == 2
 
 
 def test_a_small_shared_memory_is_named(tmp_path, monkeypatch):
@@ -778,95 +640,29 @@ def test_a_small_shared_memory_is_named(tmp_path, monkeypatch):
         mae.train(cfg)
 
 
-# -- 8. memory and loader processes ----------------------------------------------------------------
-
-def measured(method, argv, every, path):
-    """Resident memory in MiB and the number of open files, every so many batches."""
-    seen = []
-
-    def look(images, n):
-        if n % every == 0:
-            pages = int(Path("/proc/self/statm").read_text().split()[1])
-            seen.append((pages * resource.getpagesize() / 2**20, len(os.listdir("/proc/self/fd"))))
-            Path(path).write_text(json.dumps(seen))
-    each_batch(method, look)
-    program(method, argv)
+def test_a_killed_loader_is_named(tmp_path, monkeypatch):
+    def kill(images, number):
+        for child in multiprocessing.active_children():
+            child.kill()
+    change_batches("mae", kill, monkeypatch.setattr)
+    folder = str(write_images(tmp_path / "set", 40))
+    with pytest.raises((RuntimeError, BadInput), match="DataLoader worker"):
+        mae.train(tiny(tmp_path / "run", data=folder, workers=1, epochs=100))
 
 
-@linux
-@pytest.mark.long
-@pytest.mark.parametrize("method, more", [
-    *((method, "") for method in METHODS), ("mae", "--data FOLDER --workers 2")])
-def test_memory_stays_flat(programs, tmp_path, method, more):
-    """2,000 steps with saves, k-NN tests and pictures in between; the first 400 warm up."""
-    folder = write_images(tmp_path / "set", 80)
-    more = "--epochs 800 --save-every 40 --eval-every 40 " + more.replace("FOLDER", str(folder))
-    argv, seen = toy_flags(method, tmp_path / "run", *more.split()), tmp_path / "seen"
-    pid = programs.start("measured", method=method, argv=argv, every=20, path=str(seen))
-    assert programs.wait(pid, seconds=1800) == 0 and len(losses(tmp_path / "run")) == 2000
-    memory, opened = np.array(json.loads(seen.read_text()))[20:].T.reshape(2, 2, -1)  # two halves
-    # Buffers of 24 MiB come and go, so the floor and the ceiling of the two halves are compared.
-    (floor, ceiling), (later_floor, later_ceiling) = np.quantile(memory, (0.1, 0.9), axis=1).T
-    assert later_floor < 1.01 * floor and later_ceiling < 1.02 * ceiling, memory
-    assert opened[1].max() <= opened[0].max() + 2, opened
+def first_batch(folder, workers):
+    cfg, run = common.start(tiny("run", data=folder, workers=workers))
+    return next(common.train_batches(cfg, run, common.load_data(cfg, run)[0], 0, 1))
 
 
-class AllNames(common.Reader):
-    """Reads 1 of 50 parts of all names, then the first image."""
-
-    def __getitem__(self, item):
-        part = len(self.data) // 50
-        at = item[0][0] % 50 * part
-        assert all(self.data.paths[at:at + part])
-        return super().__getitem__(([0], None))
-
-
-def share_of_workers(workers, count, path):
-    """Loader processes read all names of a set -> their number, the MiB that each has copied, and
-    the MiB of the set."""
-    def alone():
-        told = [Path(f"/proc/{child.pid}/smaps_rollup").read_text() for child in children]
-        return [int(re.search(r"Private_Dirty:\s+(\d+)", text)[1]) / 1024 for text in told]
-    name = os.path.dirname(path) + "/." * ((400 - len(path)) // 2) + "/" + os.path.basename(path)
-    data = common.Folder(np.full(count, os.fsencode(name)), {})
-    cfg, run = common.start(tiny("run", workers=workers))
-    common.Reader = AllNames
-    crops = ((torch.tensor([i // workers]), None) for i in range(200 * workers))
-    batches = common.read_batches(cfg, run, data, crops, (8, 8))
-    for _ in range(workers):  # each has read an image, and at most a tenth of the names
-        next(batches)
-    children = multiprocessing.active_children()
-    before = alone()
-    for _ in range(100 * workers):
-        next(batches)
-    copied = max(np.subtract(alone(), before))
-    print(json.dumps([len(children), copied, data.paths.nbytes / 2**20]))
-
-
-@linux
-@pytest.mark.parametrize("workers, count", [
-    (2, 200_000), pytest.param(8, 500_000, marks=pytest.mark.long)])
-def test_workers_share_the_set(programs, tmp_path, workers, count):
-    """400 bytes per name: a process that touches a Python list of names copies it page by page."""
-    path = str(write_images(tmp_path, 1) / "000.png")
-    status, out, err = programs.run("share_of_workers", workers=workers, count=count, path=path)
-    assert status == 0, err
-    children, copied, in_all = json.loads(out)
-    assert children == workers and in_all > 70 and copied < 0.3 * in_all
-
-
-def spawning(method, argv):
+def spawning(folder, path):
     multiprocessing.set_start_method("spawn", force=True)
-    common.Look.__init__ = lambda *args: None  # one loader is enough of seconds
-    common.Look.__call__ = lambda *args: {}
-    program(method, argv)
+    torch.save(first_batch(folder, 1), path)
 
 
-def test_spawned_workers_change_nothing(programs, tmp_path):
+def test_a_spawned_worker_reads_the_same(programs, tmp_path):
     """macOS and Windows start processes so: what they need travels by pickle."""
-    more = f"--epochs 4 --batch-size 8 --data {write_images(tmp_path / 'set', 8)} --workers"
-    for job, workers in (("spawning", 1), ("program", 0)):
-        argv = toy_flags("mae", tmp_path / job, *more.split(), workers)
-        status, _, err = programs.run(job, method="mae", argv=argv)
-        assert status == 0 and "Traceback" not in err, err
-    assert losses(tmp_path / "spawning") == losses(tmp_path / "program") != []
+    folder, path = str(write_images(tmp_path / "set", 8)), str(tmp_path / "batch.pt")
+    status, _, err = programs.run("spawning", folder=folder, path=path)
+    assert status == 0 and "Traceback" not in err, err
+    assert torch.equal(torch.load(path), first_batch(folder, 0))

@@ -12,9 +12,9 @@ import torch
 import common
 from capi import patch_coordinates
 from common import gather, patchify, split_ids, unshuffle
-from conftest import MODULES, SHARED_FIXTURES
+from conftest import MODULES, SHARED_FIXTURES, load_fixture
 from semantic_mim import Tokenizer, hog_target
-from test_trajectories import FIXTURES, RUNS, flags_of, initial_model, initial_weights
+from test_trajectories import RUNS, flags_of, initial_model, initial_weights, under_their_names
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 each_device = pytest.mark.parametrize("device", DEVICES)
@@ -28,10 +28,6 @@ def load_shared(name, device):
     if not path.exists():
         pytest.skip("needs ../shared/fixtures")
     return torch.load(path, weights_only=True, map_location=device)
-
-
-def load_own(name):
-    return torch.load(FIXTURES / f"{name}.pt", weights_only=True)
 
 
 def module_of(name):
@@ -81,7 +77,7 @@ def latent_mim_outputs(model, inputs, outputs):
 
 def semantic_mim_outputs(model, inputs, outputs):
     patches = patchify(inputs["images"], model.patch_size)
-    tokens = model.norm(model.tokens_before(inputs["images"], model.blocks))
+    tokens = model.norm(model.run_blocks(inputs["images"], model.blocks))
     found = {"mask_latents": model.mask_latents(patches, *ids_of(inputs["mask"])),
              "features_proxy": tokens[:, :model.num_proxy]}
     if model.target == "hog":
@@ -129,20 +125,6 @@ def test_losses_predictions_and_features(name, device):
 
 # -- gradients and optimisers, by the authors' names
 
-def under_their_names(module, state, sizes, names, values):
-    """{our name: tensor} -> {the authors' name: flat tensor}, nan where we have no value. To learn
-    where `from_released` puts each element of the authors' tensors, number the elements and load
-    the numbers as weights."""
-    counts = [state[name].numel() for name in names]
-    numbers = torch.arange(sum(counts), dtype=torch.float32).split(counts)
-    numbered = {name: n.view_as(state[name]) for name, n in zip(names, numbers)}
-    model = module.Model.from_released(state | numbered, **sizes)
-    found = torch.full([sum(counts)], torch.nan)
-    for name, value in values.items():
-        found[model.get_parameter(name).detach().flatten().long()] = value.flatten().cpu()
-    return dict(zip(names, found.split(counts)))
-
-
 @each_device
 @each_fixture
 def test_gradient_norms(name, device):
@@ -166,7 +148,7 @@ class Made(Exception):
 @pytest.mark.parametrize("name", RUNS)
 def test_optimisers_treat_each_parameter_as_the_authors(name, monkeypatch, tmp_path):
     """Which parameters have weight decay. CAPI's differ in its amount, and in the learning rate."""
-    module, recorded = RUNS[name], load_own(name)
+    module, recorded = RUNS[name], load_fixture(name)
     sizes = recorded["config"]
 
     def stop(*args, **parts):
@@ -199,9 +181,9 @@ def test_optimisers_treat_each_parameter_as_the_authors(name, monkeypatch, tmp_p
 
 @pytest.mark.parametrize("name", RUNS)
 def test_initialisation_is_the_authors(name):
-    """Constants and fixed tables are equal. Random weights have the same standard deviation, to
-    five standard errors, and are uniform where theirs are."""
-    recorded = load_own(name)
+    """Constants and tables are equal. Random weights have the same standard deviation, to five
+    standard errors, and are uniform where theirs are."""
+    recorded = load_fixture(name)
     model = RUNS[name].Model(**recorded["config"])
     tables = dict(model.named_buffers())
     for key, theirs in initial_model(name, recorded).state_dict().items():
@@ -218,7 +200,7 @@ def test_initialisation_is_the_authors(name):
 
 @torch.no_grad()
 def test_dvae_encoder():
-    fixture = load_own("dvae_encoder")
+    fixture = load_fixture("dvae_encoder")
     logits = Tokenizer(fixture["state_dict"]).logits(fixture["inputs"]["images"])
     torch.testing.assert_close(logits, fixture["outputs"]["logits"], rtol=1e-4, atol=1e-5)
     assert torch.equal(logits.argmax(1), fixture["outputs"]["tokens"])

@@ -2,7 +2,6 @@
 
 import dataclasses
 import inspect
-import re
 import typing
 from functools import partial
 from unittest import mock
@@ -12,14 +11,10 @@ import torch
 
 import common
 from common import BadInput, metadata_of, parse_args, patchify, unpatchify
-from conftest import METHODS, MODULES, ROOT, TEACHERS, built, each_method, started, tiny
+from conftest import MODULES, TEACHERS, built, each_method, started, tiny
 
 each_teacher = pytest.mark.parametrize("method", TEACHERS)
 NOT_SQUARE = "--img-size 32 48"  # a grid of 4 x 6 patches
-NOT_A_MEAN = {  # the flags that make a loss a mean over images, if it is none; None: no flags do
-    "latent_mim": "--sim-coeff 0",  # the terms of similarity are squares of a mean
-    "capi": None,  # assignments are balanced over the batch
-}
 
 
 def images_for(model, count):
@@ -36,10 +31,6 @@ def masks_for(model, count):
     with mock.patch.object(model, "draw_mask", wraps=model.draw_mask) as spy:
         model(images_for(model, 2))
     return as_tuple(model.draw_mask(torch.rand(count, spy.call_args.args[0].shape[1])))
-
-
-def with_drop_path(method):
-    return "--drop-path 0.5" if hasattr(MODULES[method].Config, "drop_path") else ""
 
 
 # -- the class alone, and what `build` makes of a Config
@@ -81,14 +72,6 @@ def test_build_passes_every_flag_to_its_argument(method, monkeypatch):
         assert seen[name] == value, name
 
 
-@pytest.mark.parametrize("ratio", [0.0, 1.0, -0.5, 1.5])
-@pytest.mark.parametrize("method", [m for m in METHODS if hasattr(MODULES[m].Config, "mask_ratio")])
-def test_a_mask_ratio_that_leaves_nothing_is_refused_in_one_line(method, ratio):
-    with pytest.raises(BadInput, match="--mask-ratio") as error:
-        MODULES[method].Model(img_size=32, patch_size=8, dim=32, depth=1, heads=2, mask_ratio=ratio)
-    assert "\n" not in str(error.value)
-
-
 @each_method
 def test_every_field_of_a_config_is_a_flag(method):
     Config = MODULES[method].Config
@@ -107,13 +90,6 @@ def test_every_field_of_a_config_is_a_flag(method):
             value = [*metadata_of(Config, name)["argparse"].get("choices", ["some"])][-1]
             argv = [flag, value]
         assert parse_args(Config, argv=argv) == dataclasses.replace(Config(), **{name: value})
-
-
-@each_method
-def test_every_field_of_a_config_is_read(method):
-    source = (ROOT / f"{method}.py").read_text() + (ROOT / "common.py").read_text()
-    names = [field.name for field in dataclasses.fields(MODULES[method].Config)]
-    assert [name for name in names if not re.search(rf"\bcfg\.{name}\b", source)] == []
 
 
 # -- masks
@@ -148,26 +124,21 @@ def test_forward_masks_by_draw_mask(method):
 
 
 @each_method
-def test_a_mask_with_unequal_counts_is_refused(method):
+def test_a_mask_with_other_counts_is_refused(method):
+    """All rows must have the same number of visible patches, which must be named if it is not the
+    model's own."""
     model = built(method)
     images, masks = images_for(model, 4), masks_for(model, 4)
     for i, mask in enumerate(masks):
         wrong = mask.clone()
         wrong[2, mask[2].nonzero()[0]] = False
-        with pytest.raises((ValueError, RuntimeError), match="visible patches"):
+        with pytest.raises(RuntimeError, match="visible patches"):
             model(images, *masks[:i], wrong, *masks[i + 1:])
-
-
-@each_method
-def test_another_number_of_visible_patches_has_to_be_named(method):
-    model = built(method)
-    images, (is_masked, *others) = images_for(model, 4), masks_for(model, 4)
-    first_visible = (~is_masked).byte().argmax(1, keepdim=True)
-    fewer = is_masked.scatter(1, first_visible, True)
-    with pytest.raises((ValueError, RuntimeError), match="visible patches"):
+    is_masked, *others = masks
+    fewer = is_masked.scatter(1, (~is_masked).byte().argmax(1, keepdim=True), True)
+    with pytest.raises(RuntimeError, match="visible patches"):
         model(images, fewer, *others)
-    loss, _ = model(images, fewer, *others, num_visible=model.num_visible - 1)
-    assert loss.isfinite()
+    assert model(images, fewer, *others, num_visible=model.num_visible - 1)[0].isfinite()
 
 
 @each_method
@@ -199,20 +170,6 @@ def test_every_trained_parameter_gets_a_gradient(method):
     assert [name for name, g in trained.items() if g is None or not g.any()] == []
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if NOT_A_MEAN.get(m, "") is not None])
-def test_accumulated_gradients_equal_the_whole_batchs(method):
-    model = built(method, NOT_A_MEAN.get(method, ""))
-    images, masks = images_for(model, 32), masks_for(model, 32)
-    model(images, *masks)[0].backward()
-    whole = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
-    model.zero_grad(set_to_none=True)
-    for rows in torch.arange(32).split(8):
-        loss, _ = model(images[rows], *[mask[rows] for mask in masks])
-        (loss / 4).backward()
-    parts = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
-    torch.testing.assert_close(parts, whole, rtol=0, atol=1e-6)
-
-
 # -- the teacher
 
 def student_of(model):
@@ -222,33 +179,17 @@ def student_of(model):
 
 
 @each_teacher
-def test_the_teacher_starts_as_a_copy(method):
-    model = built(method)
-    teacher, student = model.teacher.state_dict(), student_of(model).state_dict()
-    torch.testing.assert_close(teacher, student, rtol=0, atol=0)
-    assert all(teacher[name].data_ptr() != student[name].data_ptr() for name in teacher)
-
-
-@each_teacher
-def test_forward_and_backward_do_not_move_the_teacher(method):
+def test_the_teacher_starts_as_a_copy_that_only_update_teacher_moves(method):
     model = built(method).train()
-    before = {name: t.clone() for name, t in model.teacher.state_dict().items()}
+    student = dict(student_of(model).named_parameters())
+    before = {name: p.clone() for name, p in model.teacher.named_parameters()}
+    torch.testing.assert_close(before, student, rtol=0, atol=0)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     for _ in range(2):  # the second with a student that has moved
         model(images_for(model, 4))[0].backward()
         optimizer.step()
-    torch.testing.assert_close(model.teacher.state_dict(), before, rtol=0, atol=0)
-    assert all(p.grad is None and not p.requires_grad for p in model.teacher.parameters())
-
-
-@each_teacher
-def test_update_teacher_by_hand(method):
-    model = built(method)
-    student = dict(student_of(model).named_parameters())
-    with torch.no_grad():
-        for p in student.values():
-            p += torch.randn_like(p)
-    before = {name: p.clone() for name, p in model.teacher.named_parameters()}
+    torch.testing.assert_close(dict(model.teacher.named_parameters()), before, rtol=0, atol=0)
+    assert not any(p.requires_grad for p in model.teacher.parameters())
     model.update_teacher(0.9)
     model.update_teacher(0.5)
     for name, p in model.teacher.named_parameters():
@@ -261,7 +202,8 @@ def test_update_teacher_by_hand(method):
 @torch.no_grad()
 def test_encode_is_deterministic_and_leaves_nothing_out(method):
     """Image n differs from image 0 in patch n - 1 alone; the pooled feature notices each patch."""
-    model = built(method, f"{NOT_SQUARE} {with_drop_path(method)}")
+    drop_path = hasattr(MODULES[method].Config, "drop_path")
+    model = built(method, NOT_SQUARE + " --drop-path 0.5" * drop_path)
     N = model.num_patches
     patches = patchify(images_for(model, 1), model.patch_size).repeat(1 + N, 1, 1)
     patches[1 + torch.arange(N), torch.arange(N)] += torch.randn(patches.shape[2])
@@ -287,32 +229,14 @@ def test_encode_takes_other_sizes(method):
 
 
 @each_method
-def test_encode_can_be_exported(method):
-    class Encode(torch.nn.Module):
-        def __init__(self, model):
-            super().__init__()
-            self.model = model
-
-        def forward(self, images):
-            return self.model.encode(images)
-    model = built(method)
-    images = images_for(model, 2)
-    program = torch.export.export(Encode(model).eval(), (images,))
-    torch.testing.assert_close(program.module()(images), model.encode(images), rtol=1e-5, atol=1e-5)
-
-
-@each_method
 @torch.no_grad()
-def test_pictures_have_titles_and_values_in_0_to_1(method, tmp_path):
-    cfg = tiny(tmp_path, method, NOT_SQUARE, mean=(0.5,) * 3, std=(0.25,) * 3)
+def test_pictures_have_titles_and_values_in_0_to_1(method):
+    cfg = tiny("nowhere", method, NOT_SQUARE, mean=(0.5,) * 3, std=(0.25,) * 3)
     model = built(method, NOT_SQUARE)
-    images = images_for(model, 3)
-    random_state = torch.get_rng_state()
+    images, random_state = images_for(model, 3), torch.get_rng_state()
     for name, columns in model.pictures(images, partial(common.denormalise, cfg=cfg)).items():
         assert name.endswith(".png") and len(columns) > 1
         for title, column in columns.items():
             assert title and column.shape in [(3, 3, 32, 48), (3, 1, 32, 48)]
             assert column.min() >= 0 and column.max() <= 1 and column.std() > 0
     assert torch.equal(torch.get_rng_state(), random_state)  # a look does not change what follows
-    names = common.save_pictures(model, images, cfg, tmp_path)
-    assert sorted(names) == sorted(path.name for path in tmp_path.iterdir())

@@ -1,22 +1,15 @@
-"""The programs as a user starts them: processes, signals, wrong invocations, printed commands."""
+"""The programs as a user starts them: processes, wrong invocations, printed commands."""
 
-import ast
-import atexit
-import contextlib
 import functools
 import importlib
-import json
 import os
 import re
 import runpy
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
-import threading
-import time
 import warnings
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -27,22 +20,20 @@ import torchvision
 
 import common
 from common import parse_args, read_checkpoint
-from conftest import (METHODS, MODULES, ROOT, each_method, environment, launch, losses,
-                      printed_commands, records, tiny, tiny_flags, trained,
-                      write_images)
-from programs import all_programs, program, programs  # fixtures, and a job
+from conftest import (FIXTURES, METHODS, MODULES, ROOT, contents, each_method, environment, losses,
+                      printed_commands, records, tiny, tiny_flags, trained, write_images)
+from programs import all_programs, invoke, program, programs  # fixtures, and a job
 
 PROGRAMS = [*METHODS, "evaluate"]
 PAGES = {path: path.read_text() for path in [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]}
-TOKENIZER = ROOT / "tests" / "fixtures" / "dvae_encoder.pt"
-ENDLESS = "--epochs 100000 --save-every 100000 --log-every 1"
+TOKENIZER = FIXTURES / "dvae_encoder.pt"
 
 
 def flags_of(method, out, more=""):
     return [*tiny_flags(method), "--model", "toy", "--out", str(out), *more.split()]
 
 
-# -- several processes -----------------------------------------------------------------------------
+# -- several processes
 
 def compiled(method, argv):
     """With the compiler's front end and autograd, but without generated code."""
@@ -51,7 +42,7 @@ def compiled(method, argv):
     program(method, [*argv, "--compile", "on"])
 
 
-def assert_same_run(one, two):
+def assert_equal_runs(one, two):
     """Equal but for the order in which numbers are summed."""
     assert len(losses(one)) == 5 and losses(two) == pytest.approx(losses(one), abs=1e-5, rel=2e-6)
     first, second = (read_checkpoint(out / "last.pt") for out in (one, two))
@@ -65,54 +56,32 @@ def assert_same_run(one, two):
         torch.testing.assert_close(average, state["exp_avg"], rtol=1e-3, atol=1e-5)
 
 
+RUN = "--data shapes:80 --epochs 2 --log-every 1 --accum 2"
+
+
 @each_method
-def test_two_processes_equal_one_also_compiled(programs, tmp_path, method):
-    one, two, compiled = (tmp_path / name for name in ("one", "two", "compiled"))
-    flags = "--data shapes:80 --epochs 2 --log-every 1 --accum 2"
-    trained(tiny(one, method, flags), method)
-    argv = flags_of(method, two, flags)
+def test_two_processes_equal_one(programs, tmp_path, method):
+    one, two = tmp_path / "one", tmp_path / "two"
+    trained(tiny(one, method, RUN), method)
+    argv = flags_of(method, two, RUN)
     assert programs.run_together("program", method=method, argv=argv) == [0, 0], programs.said(1)
-    assert "2 processes" in programs.said(0)[0] and programs.said(1) == ["", ""]
-    assert_same_run(one, two)
+    assert "processes: 2" in programs.said(0)[0] and programs.said(1) == ["", ""]
+    assert_equal_runs(one, two)
     looks = [next(r for r in records(out) if "knn_kind" in r) for out in (one, two)]
     assert looks[0] == looks[1]  # before training
-    argv = flags_of(method, compiled, flags)
-    assert programs.run_together("compiled", method=method, argv=argv) == [0, 0], programs.said(1)
-    assert "compiled" in programs.said(0)[0]
-    assert_same_run(two, compiled)
 
 
-@pytest.mark.parametrize("flags, status, line", [
-    ("--batch-size 33", 2, "--batch-size 33 does not divide"),
-    ("--base-lr 1e18 --warmup-epochs 0 --epochs 3 --log-every 1", 1, "error: not finite")])
-def test_two_processes_stop_together_with_one_line(programs, tmp_path, flags, status, line):
-    argv = flags_of("mae", tmp_path / "run", flags)
-    assert programs.run_together("program", method="mae", argv=argv) == [status, status]
-    assert (programs.said(0)[1] + programs.said(1)[1]).count(line) == 1
-    assert not (tmp_path / "run" / "last.pt").exists()
+@each_method
+def test_two_compiled_processes_equal_one_eager(programs, tmp_path, method):
+    eager, compiled = tmp_path / "eager", tmp_path / "compiled"
+    trained(tiny(eager, method, RUN), method)
+    argv = flags_of(method, compiled, RUN)
+    statuses = programs.run_together("compiled", method=method, argv=argv)
+    assert statuses == [0, 0] and "compiled" in programs.said(0)[0], programs.said(0)
+    assert_equal_runs(eager, compiled)
 
 
-def test_two_nodes(tmp_path):
-    """Two agents, as two machines would start them, meet on the loopback address."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1",
-               "--master_addr=127.0.0.1", f"--master_port={port}", "--node_rank"]
-    argv = [str(ROOT / "mae.py"), *tiny_flags("mae"), "--out", str(tmp_path)]
-    agents = [subprocess.Popen([*command, node, *argv], env=environment(), stdout=subprocess.PIPE,
-                               stderr=subprocess.STDOUT, text=True) for node in "01"]
-    try:
-        told = [agent.communicate(timeout=240)[0] for agent in agents]
-    finally:
-        for agent in agents:
-            agent.kill()
-    assert [agent.returncode for agent in agents] == [0, 0], "\n".join(told)
-    assert read_checkpoint(tmp_path / "last.pt")["step"] == 2
-    assert records(tmp_path)[0]["processes"] == 2
-
-
-# -- files -----------------------------------------------------------------------------------------
+# -- files
 
 def alone(folder, method, argv):
     """The method's file as a program that finds nothing of this repository but common.py."""
@@ -137,20 +106,9 @@ def test_a_method_runs_with_common_alone(programs, tmp_path, method):
     assert {"last.pt", "log.jsonl"} < made and any(name.endswith(".png") for name in made)
 
 
-@pytest.mark.parametrize("name", ["common", *PROGRAMS])
-def test_only_the_required_packages_are_imported(name):
-    nodes = [*ast.walk(ast.parse((ROOT / f"{name}.py").read_text()))]
-    found = {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
-    found |= {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
-    found = {module.split(".")[0] for module in found} - sys.stdlib_module_names
-    allowed = {"torch", "torchvision", "numpy", "tqdm", "PIL"}
-    assert found <= (allowed if name == "common" else allowed | {"common"})
-
-
 def process_state():
     handlers = [signal.getsignal(number) for number in signal.valid_signals()]
-    return (handlers, [*warnings.filters], {**os.environ}, threading.active_count(),
-            atexit._ncallbacks(), torch.get_num_threads(), torch.get_default_dtype(), os.getcwd(),
+    return (handlers, [*warnings.filters], {**os.environ}, torch.get_num_threads(), os.getcwd(),
             torch.get_float32_matmul_precision(), torch.get_rng_state().tolist())
 
 
@@ -168,107 +126,18 @@ def test_importing_has_no_side_effects(programs):
     assert programs.run("import_all") == (0, "", "")
 
 
-# -- signals ---------------------------------------------------------------------------------------
-
-def steps_logged(out):
-    """The steps in the log's complete lines."""
-    path = Path(out, "log.jsonl")
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    found = [json.loads(line) for line in lines if line.endswith("\n")]
-    return [r["step"] for r in found if "loss" in r]
-
-
-def wait_for_step(out, step, is_running):
-    give_up = time.monotonic() + 120
-    while max(steps_logged(out), default=0) < step:
-        assert is_running() and time.monotonic() < give_up
-        time.sleep(0.02)
-
-
-def interrupt(command, out, step, number, kill):
-    """Start a program, send it a signal after a step -> exit status, what it said. This waits for
-    its loader processes too, because they hold the pipe."""
-    run = subprocess.Popen(command, env=environment(), start_new_session=True, text=True,
-                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    try:
-        wait_for_step(out, step, lambda: run.poll() is None)
-        kill(run.pid, number)
-        told = run.communicate(timeout=120)[0]
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(run.pid, signal.SIGKILL)
-    return run.returncode, told
-
-
-def leader(argv):
-    """The program in a process group of its own, for signals to it and its loaders."""
-    os.setsid()
-    program("mae", argv)
-
-
-def test_a_signal_saves_and_the_same_command_goes_on(programs, tmp_path):
-    """All are sent to the program and its loaders, as terminals, `timeout` and Slurm do."""
-    out, images = tmp_path / "run", write_images(tmp_path / "images", 40)
-    argv = [*tiny_flags("mae"), *f"{ENDLESS} --workers 2 --data {images} --out {out}".split()]
-    status, told = interrupt(launch(argv), out, 3, signal.SIGINT, os.killpg)
-    assert status == 130 and "stopped by a signal" in told and "Traceback" not in told, told
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        saved = read_checkpoint(out / "last.pt")["step"]
-        assert saved == steps_logged(out)[-1]
-        pid = programs.start("leader", argv=argv)
-        wait_for_step(out, saved + 1, lambda: programs.wait(pid, seconds=0) is None)
-        os.killpg(pid, number)
-        assert programs.wait(pid) == 128 + number and f"step {saved}\n" in programs.said()[0]
-    assert steps_logged(out) == [*range(1, read_checkpoint(out / "last.pt")["step"] + 1)]
-
-
-def test_sigterm_to_two_processes(tmp_path):
-    """torchrun passes the signal on. The processes agree on a step, and the checkpoint is whole."""
-    argv = [*tiny_flags("mae"), *ENDLESS.split(), "--log-every", 2, "--out", tmp_path]
-    status, told = interrupt(launch(argv, nproc=2), tmp_path, 4, signal.SIGTERM, os.kill)
-    assert status != 0 and told.count("stopped by a signal after step") == 1, told
-    assert read_checkpoint(tmp_path / "last.pt")["step"] == steps_logged(tmp_path)[-1]
-
-
-FAILING = """
-import sys
-sys.path[:0] = sys.argv[2:]
-import common, mae
-from conftest import tiny
-def fail(meter, step, **rates):
-    raise ZeroDivisionError("in the middle of a run")
-common.Meter.report = fail
-mae.train(tiny(sys.argv[1] + "/run", model="nano", data=sys.argv[1] + "/images", workers=1))
-"""
-
-
-def test_an_error_in_another_program_ends_the_workers_too(tmp_path):
-    write_images(tmp_path / "images", 64)
-    command = [sys.executable, "-c", FAILING, tmp_path, ROOT / "tests", ROOT]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1 and "ZeroDivisionError: in the middle" in done.stderr, done.stderr
-
-
-# -- wrong invocations -----------------------------------------------------------------------------
+# -- wrong invocations; evaluate.py's are in test_evaluate.py
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     """What the wrong invocations name, in one folder."""
     root = tmp_path_factory.mktemp("files")
-    for name in ("empty", "texts", "broken"):
+    for name in ("texts", "broken"):
         (root / name).mkdir()
     for name in ("text", "texts/a.txt", "broken/a.png"):
         (root / name).write_text("neither an image nor a checkpoint")
-    for name in ("classes/cats", "classes/dogs", "flat"):
-        write_images(root / name, 2)
-    for method in ("mae", "capi"):
-        cfg = common.start(tiny("run", method, model="nano"))[0]
-        model = MODULES[method].build(cfg).state_dict()
-        torch.save({"method": method, "config": asdict(cfg), "step": 1, "model": model},
-                   root / f"{method}.pt")
-    (root / "short.pt").write_bytes((root / "mae.pt").read_bytes()[:50_000])
-    torch.save({"model": {"w": torch.randn(3)}}, root / "weights.pt")
-    torch.save({"model": common.MODELS.items}, root / "code.pt")  # to load a method is to run code
+    cfg = common.start(tiny("run", model="nano"))[0]
+    torch.save({"method": "mae", "config": asdict(cfg)}, root / "mae.pt")
     return root
 
 
@@ -277,13 +146,11 @@ WRONG = [  # program, flags, what the line on stderr says
     ("mae", "--epoch 3", "--epoch 3"),  # no abbreviations
     ("latent_mim", "--mask-ratio 0.5", "--mask-ratio"),  # another method's
     ("mae", "--epochs 1e3", "--epochs.*1e3"),
-    ("mae", "stray", "stray"),
     ("mae", "--model giant", "--model.*giant.*nano"),
-    ("mae", "--norm-pix=no", "--norm-pix"),
     ("mae", "--epochs 0", "--epochs 0"),
     ("mae", "--base-lr nan", "--base-lr nan"),
     ("mae", "--seed 99999999999999999999", "--seed 9"),
-    ("mae", "--std 0.2 0 0.2", "--std 0"),
+    ("mae", "--mean 0 1e30 0", "--mean 1e"),
     ("mae", "--crop-scale 0.5", "--crop-scale"),
     ("mae", "--mean 0.5 0.5", "--mean.* 3 values"),
     ("mae", "--img-size 32 32 32", "--img-size"),
@@ -292,8 +159,6 @@ WRONG = [  # program, flags, what the line on stderr says
     ("mae", "--device cuda", "--device cuda"),
     ("mae", "--amp fp16", "--amp fp16"),
     ("mae", "--compile on", r"--compile on.*C\+\+"),
-    ("mae", "WORLD_SIZE=two", "WORLD_SIZE.*two"),
-    ("mae", "WORLD_SIZE=0", "WORLD_SIZE"),
     ("mae", "--data ''", "--data : no such"),
     ("mae", "--data FILES/texts", "--data.*no image"),
     ("mae", "--data FILES/broken", "--data.* images.*a.png"),
@@ -301,38 +166,21 @@ WRONG = [  # program, flags, what the line on stderr says
     ("mae", "--data cifar10 --data-root here", "cifar10.*--data-root here.*service not known"),
     ("mae", "--out FILES/text", "--out .*text.*cannot be written"),
     ("mae", "--resume FILES/nowhere.pt", "nowhere.pt: no such file"),
-    ("mae", "--resume FILES", r"files\d*: "),
-    ("mae", "--resume FILES/short.pt", "short.pt: damaged"),
-    ("mae", "--resume FILES/weights.pt", "weights.pt: .*not of mae"),
-    ("mae", "--resume FILES/code.pt", "code.pt: it holds code"),
-    ("mae", "--resume FILES/capi.pt", "capi.pt: a checkpoint of capi, not of mae"),
-    ("mae", "--resume FILES/mae.pt --seed 7", "mae.pt.*--seed 0 there, 7 now"),
-    ("mae", "--resume FILES/mae.pt", "mae.pt: its optimizer does not fit"),
+    ("mae", "--resume FILES/mae.pt --seed 7", "mae.pt.*--seed was 0, is 7"),
+    ("capi", "--resume FILES/mae.pt", "mae.pt: not a checkpoint of capi, but of mae"),
     ("mae", "--img-size 8", "--mask-ratio 0.75.*1 patches"),
+    ("semantic_mim", "--mask-ratio 1", "--mask-ratio 1.0.* 0 of 16"),
+    ("pilamim", "--mask-ratio 0", "--mask-ratio 0.0.* 16 of 16"),
+    ("capi", "--mask-ratio 0.01", "--mask-ratio 0.01.* 16 of 16"),
     ("mae", "--decoder-heads 5", "5 heads"),
-    ("mae", "--decoder-dim 30", "30"),
-    ("latent_mim", "--visible-share 0.99", "--visible-share.*16 of 16"),
+    ("latent_mim", "--visible-share 0.95", "--visible-share.*15 of 16"),
     ("semantic_mim", "--target dvae", "--target dvae needs --tokenizer"),
-    ("semantic_mim", "--target dvae --tokenizer FILES/weights.pt", "--tokenizer is not"),
+    ("semantic_mim", "--target dvae --tokenizer FILES/mae.pt", "--tokenizer is not"),
     ("semantic_mim", f"--target dvae --vocab 5 --tokenizer {TOKENIZER}", "--vocab 5.* has 16"),
     ("semantic_mim", "--jitter 0.4 --in-chans 1", "--in-chans 1.*--jitter"),
     ("pilamim", "--pixel-weight 0 --latent-weight 0 --cls-weight 0", "--pixel-weight.*all 0"),
     ("capi", "--registers 3", "--registers 3.*multiple of 4"),
-    ("evaluate", "", "checkpoint"),
-    ("evaluate", "FILES/text", "text: damaged"),
-    ("evaluate", "FILES/weights.pt", "weights.pt.*--method"),
-    ("evaluate", "FILES/mae.pt --method capi", "mae.pt.* of mae.*--method"),
-    ("evaluate", "FILES/mae.pt --probe guess", "--probe.*guess"),
-    ("evaluate", "FILES/mae.pt --data FILES/empty", "--data.*no image"),
-    ("evaluate", "FILES/mae.pt --data FILES/flat --probe knn", "label"),
-    ("evaluate", "FILES/mae.pt --data FILES/classes --masks a b c", "--masks takes"),
-    ("evaluate", "FILES/mae.pt --picture --images FILES/text", "--images.*text"),
-    ("evaluate", "FILES/mae.pt --export FILES/nowhere/encoder.pt", "nowhere.*cannot be written"),
 ]
-
-
-def contents(folder):
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.fixture
@@ -347,21 +195,17 @@ def bare_machine(monkeypatch):
 
 
 @pytest.mark.parametrize("name, flags, text", WRONG, ids=[" ".join(row[:2]) for row in WRONG])
-def test_wrong_invocation(files, bare_machine, tmp_path, monkeypatch, capsys, name, flags, text):
-    """Exit status 2, one line on stderr, nothing written."""
+def test_a_wrong_invocation_is_one_line(files, bare_machine, tmp_path, monkeypatch, capsys, name,
+                                        flags, text):
+    """Exit status 2, nothing on stderr but this line, nothing written."""
     monkeypatch.chdir(tmp_path)
     before = contents(files)
     words = shlex.split(flags.replace("FILES", str(files)))
-    while words and re.match(r"[A-Z_]+=", words[0]):
-        monkeypatch.setenv(*words.pop(0).split("="))
-    usual = [] if name == "evaluate" else [*tiny_flags(name), "--out", "run"]
-    with pytest.raises(SystemExit) as leaving:
-        program(name, [*usual, *words])
-    told = capsys.readouterr().err.replace("\x1b[A", "")
-    lines = [line for line in told.splitlines() if line.strip() and "img/s" not in line]  # no bars
-    assert leaving.value.code == 2 and len(lines) == 1, told
-    assert re.match(rf"{name}\.py: .*{text}", lines[0]), told
-    if "images" not in text and "compile" not in text:  # these are found when the run has begun
+    argv = [*tiny_flags(name), "--out", "run", *words]
+    status, lines = invoke(monkeypatch, capsys, name, argv)
+    assert status == 2 and len(lines) == 1, lines
+    assert re.match(rf"{name}\.py: .*{text}", lines[0]), lines
+    if "images" not in text:  # broken ones are found when the run has begun
         assert not list(tmp_path.iterdir())
     assert contents(files) == before
 
@@ -369,21 +213,24 @@ def test_wrong_invocation(files, bare_machine, tmp_path, monkeypatch, capsys, na
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_help_explains_every_flag(capsys, name):
     module = importlib.import_module(name)
-    with pytest.raises(SystemExit) as leaving:
-        parse_args(module.Config, module.__doc__, ["--help"])
+    for doc in (None, module.__doc__):  # python -OO removes docstrings
+        with pytest.raises(SystemExit, match="^0$"):
+            parse_args(module.Config, doc, ["--help"])
     text = capsys.readouterr().out
     plain = " ".join(text.split())
-    assert leaving.value.code == 0 and " ".join(module.__doc__.split())[:40] in plain
+    assert " ".join(module.__doc__.split())[:40] in plain
     assert re.search(r"exit status: 0 .*1 .*2 bad input, 128 \+ n", plain)
     entries = [" ".join(entry.split()) for entry in re.split(r"\n  (?=\S)", text)]
     for field in fields(module.Config):
         name = field.name.replace("_", "-")
         entry = next(entry for entry in entries if re.match(rf"(--)?{name}\b", entry))
-        assert field.default in ("", (), None) or f"[{field.default}]" in entry, entry
-        assert len(re.findall(r"[a-z]{2,}", entry)) > 3, entry
+        default = field.default if isinstance(field.default, tuple) else (field.default,)
+        shown = " ".join(map(str, default))
+        assert shown in ("", "None") or f"[{shown}]" in entry, entry
+        assert len(re.findall(r"[a-z]{2,}", entry)) > 2, entry
 
 
-# -- what is printed -------------------------------------------------------------------------------
+# -- what is printed
 
 def fenced(*languages):
     blocks = re.findall(r"^```(\w*)\n(.*?)^```", "\n".join(PAGES.values()), re.M | re.S)
@@ -461,7 +308,9 @@ def test_readme_shows_how_to_use_a_released_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     snippet = next(text for text in fenced("python") if "from_released" in text)
     path = re.search(r'"([\w.-]+\.pth)"', snippet)[1]
-    torch.save({"model": MODULES["mae"].MAE().state_dict()}, path)  # the paper's ViT-B
+    with torch.device("meta"):
+        state = MODULES["mae"].MAE().state_dict()  # the paper's ViT-B
+    torch.save({"model": {k: torch.zeros(1).expand(t.shape) for k, t in state.items()}}, path)
     names = {"images": torch.randn(2, 3, 224, 224)}
     exec(snippet, names)
     assert names["pooled"].shape == (2, 768) and names["patches"].shape == (2, 196, 768)
@@ -472,14 +321,11 @@ def benchmark(argv):
     runpy.run_path(str(ROOT / "tests" / "benchmark.py"), run_name="__main__")
 
 
-SMALL = "--settings fp32 --model nano --img-size 32 --patch-size 8 --batch-size 8"
-
-
-@pytest.mark.parametrize("flags, rows", [
-    (f"--methods mae capi {SMALL}", ["mae", "capi"]),
-    ("--peers toy --settings fp32", ["ours, fp32"]),
-    ("--images IMAGES", ["common.py"]), ("--cost --methods mae", ["mae"])])
-def test_benchmark_prints_numbers(programs, tmp_path, flags, rows):
+@pytest.mark.parametrize("flags, row", [
+    ("--methods capi --settings fp32 --model nano --img-size 32 --batch-size 8", "capi"),
+    ("--peers toy --settings fp32", "ours, fp32"),
+    ("--images IMAGES", "common.py"), ("--cost --methods mae", "mae")])
+def test_benchmark_prints_numbers(programs, tmp_path, flags, row):
     argv = flags.replace("IMAGES", str(write_images(tmp_path, 4))).split()
     status, out, err = programs.run("benchmark", argv=argv)
-    assert status == 0 and all(re.search(rf"^{row} .*\d", out, re.M) for row in rows), out + err
+    assert status == 0 and re.search(rf"^{row} .*\d", out, re.M), out + err
