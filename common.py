@@ -854,8 +854,8 @@ def main(train, Config, doc):
     if message:
         name = Path(sys.argv[0]).name if rank == "0" else f"rank {rank}"
         tqdm.write(f"{name}: {message}", file=sys.stderr)
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    if dist.is_initialized() and status == 0:
+        dist.destroy_process_group()  # after a failure this can hang, with torch 2.6 and gloo
     sys.exit(status)
 
 

@@ -2,7 +2,7 @@
 logs, against the number of images seen.
 
   python docs/plot.py runs/mae/log.jsonl                               writes runs/mae/curves.svg
-  python docs/plot.py --keys knn_class --out knn.svg MAE=a/log.jsonl PiLaMIM=b/log.jsonl
+  python docs/plot.py MAE=a/log.jsonl CAPI=b/log.jsonl --keys "knn_class=k-NN, %" --out knn.svg
 """
 
 import argparse
@@ -10,7 +10,7 @@ import json
 import math
 from pathlib import Path
 
-COLOURS = ["#4477cc", "#cc4455", "#339966", "#cc8822", "#8855bb", "#3399aa", "#888888"]
+COLOURS = ["#4477cc", "#cc4455", "#339966", "#cc8822", "#8855bb", "#885533", "#888888"]
 STYLE = """text { font: 12px sans-serif; fill: #333 } path { fill: none }
 .axis { stroke: #888 } .grid { stroke: #8884 } .line { stroke-width: 2 }
 @media (prefers-color-scheme: dark) { text { fill: #ddd } }"""
@@ -94,7 +94,8 @@ def picture(panels, names):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("logs", nargs="+", metavar="[NAME=]LOG")
-    parser.add_argument("--keys", nargs="+", help="default: loss, and k-NN of the first label")
+    parser.add_argument("--keys", nargs="+", metavar="KEY[=TITLE]",
+                        help="default: loss, and k-NN of the first label")
     parser.add_argument("--out", help="default: curves.svg beside the first log")
     args = parser.parse_args()
     logs = {}
@@ -107,11 +108,13 @@ def main():
         seen = [key for line in open(first) for key in json.loads(line)]
         keys = ["loss"] + [key for key in dict.fromkeys(seen) if key.startswith("knn_")][:1]
     panels = {}
-    for key in keys:
+    for key, _, title in (key.partition("=") for key in keys):
         series = {name: read_log(path, key) for name, path in logs.items()}
-        panels[key] = {name: points for name, points in series.items() if points}
+        series = {name: points for name, points in series.items() if points}
+        if series:
+            panels[title or key] = series
     out = Path(args.out or Path(first).with_name("curves.svg"))
-    out.write_text(picture({key: series for key, series in panels.items() if series}, logs))
+    out.write_text(picture(panels, logs))
     print(f"wrote {out}")
 
 

@@ -257,24 +257,6 @@ def test_a_full_disk_costs_no_checkpoint(tmp_path, monkeypatch):
     assert step_numbers(tmp_path) == [1, 2, 3, 4]
 
 
-def test_a_checkpoint_is_flushed_before_it_is_renamed(tmp_path, monkeypatch):
-    """Else a power cut may leave half a file under the final name."""
-    done, real_sync, real_replace = [], os.fsync, os.replace
-
-    def sync(number):
-        done.append(("flushed", os.fstat(number).st_size))
-        real_sync(number)
-
-    def replace(old, new):
-        done.append((Path(new).name, os.stat(old).st_size))
-        real_replace(old, new)
-    monkeypatch.setattr(os, "fsync", sync)
-    monkeypatch.setattr(os, "replace", replace)
-    trained(tiny(tmp_path))
-    size = (tmp_path / "last.pt").stat().st_size
-    assert done[-2:] == [("flushed", size), ("last.pt", size)]
-
-
 @pytest.mark.parametrize("lost", [False, True])
 def test_previous_pt_replaces_a_damaged_or_lost_last_pt(tmp_path, capsys, lost):
     whole, out = tmp_path / "whole", tmp_path / "run"

@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import json
 import os
 import re
 import runpy
@@ -245,6 +246,20 @@ def training_commands():
     return sorted(c for c in found if re.search(rf" ({'|'.join(METHODS)})\.py\b", c))
 
 
+def test_curves_and_tables_are_made_of_logs_and_scores(unbroken, tmp_path):
+    def script(name, *argv):
+        command = [sys.executable, ROOT / "docs" / name, *argv]
+        return subprocess.run(command, check=True, text=True, capture_output=True).stdout
+    svg = tmp_path / "curves.svg"
+    script("plot.py", "--out", svg, f"MAE={unbroken('mae').out}/log.jsonl")
+    assert svg.read_text().count('class="line"') == 3  # loss, k-NN, legend
+    for seed, score in enumerate((40.0, 50.0)):
+        report = {"scores": {"trained": {"knn kind": score}}}
+        (tmp_path / f"{seed}.json").write_text(json.dumps(report))
+    told = script("tables.py", *[f"MAE={tmp_path}/{seed}.json" for seed in (0, 1)])
+    assert told.splitlines()[-1] == "| MAE | 45.0 +- 5.0 |"
+
+
 def test_printed_commands_are_found():
     assert all(any(re.match(rf"{start} .*\b{method}\.py", c) for c in training_commands())
                for method in METHODS for start in ("python", "torchrun"))
@@ -324,7 +339,7 @@ def benchmark(argv):
 @pytest.mark.parametrize("flags, row", [
     ("--methods capi --settings fp32 --model nano --img-size 32 --batch-size 8", "capi"),
     ("--peers toy --settings fp32", "ours, fp32"),
-    ("--images IMAGES", "common.py"), ("--cost --methods mae", "mae")])
+    ("--images IMAGES", "common.py"), ("--cost --methods mae", "mae base/16 .* 800 +41")])
 def test_benchmark_prints_numbers(programs, tmp_path, flags, row):
     argv = flags.replace("IMAGES", str(write_images(tmp_path, 4))).split()
     status, out, err = programs.run("benchmark", argv=argv)
