@@ -401,7 +401,8 @@ class CAPI(nn.Module):
             return cross_entropy(self.cluster_head(x), assignments) * x.shape[1]  # over positions
         B, N, _ = features.shape
         size = max(1, self.CHUNK // (B * self.clusters))
-        parts, loss, entropy = [], 0.0, 0.0
+        parts = []
+        loss = entropy = 0.0
         used = torch.zeros(self.clusters, device=features.device)
         for x in features.split(size, 1):
             logits = self.cluster_head(x)  # [B, n, K]

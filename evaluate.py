@@ -177,7 +177,8 @@ def labels_of(mask):
 
 def masked_set(cfg, split, folder):
     """The largest central crops of the images in DATA/split and of their masks, in memory."""
-    root, size = Path(cfg.data, split), pair(cfg.img_size)
+    root = Path(cfg.data, split)
+    size = pair(cfg.img_size)
     folder = Path(cfg.data, folder) if Path(cfg.data, folder).is_dir() else Path(folder)
     images, maps = [], []
     paths, _ = find_images(root, cfg.in_chans)
@@ -307,7 +308,8 @@ def probe_images(probe, train, test, train_set, test_set, cfg):
                 predicted = vote(similarity[:, :k], y[ids[:, :k]])
                 scores[f"{name} k={k}"] = accuracy(predicted, truth)
         else:
-            classes, queries = int(y.max()) + 1, probe == "attentive"
+            classes = int(y.max()) + 1
+            queries = probe == "attentive"
             logits, chosen[name] = fit_heads(train, y, test, classes, cfg, queries)
             scores[name] = accuracy(logits.argmax(1), truth)
     return scores, chosen
@@ -340,12 +342,14 @@ def probe_pixels(probe, train, test, train_set, test_set, p, cfg):
     if len(labels) < 2:
         raise BadInput(f"--masks: besides --ignore {cfg.ignore} there are only the labels "
                        f"{labels.tolist()}; at least two are needed")
-    classes, grid = int(labels.max()) + 1, patch_grid(test_set.maps.shape[1:], p)
+    classes = int(labels.max()) + 1
+    grid = patch_grid(test_set.maps.shape[1:], p)
     shares = patch_labels(train_set.maps, p, classes, cfg.ignore).flatten(0, 1)
     order = torch.randperm(len(shares), generator=torch.Generator().manual_seed(cfg.seed))
     order = order[shares[order].sum(1) > 0][:16384]
     x, y = train.flatten(0, 1)[order].float(), shares[order].to(train.device)
-    queries, chosen = test.flatten(0, 1).float(), {}
+    queries = test.flatten(0, 1).float()
+    chosen = {}
     if probe == "seg-knn":
         similarity, ids = knn(x, queries, 20)
         predicted = vote(similarity, y.argmax(1)[ids]).view(-1, *grid)
@@ -387,12 +391,14 @@ def finetune(model, train_set, test_set, cfg, trained, run):
     run = replace(run, cfg=trained)
     name, y = next(iter(train_set.labels.items()))
     model = copy.deepcopy(model).eval()  # eval() disables pre-training's drop path
-    encode, encoder = encoder_of(model, cfg), model.get_submodule(model.encoder_name)
+    encode = encoder_of(model, cfg)
+    encoder = model.get_submodule(model.encoder_name)
     with torch.no_grad():
         images, _ = next(eval_batches(trained, run, test_set, torch.arange(1)))
         head = nn.Linear(encode(images)[0].shape[1], int(y.max()) + 1).to(run.device)
 
-    peak, depth = cfg.finetune_lr * batch / 256, len(encoder.blocks)
+    peak = cfg.finetune_lr * batch / 256
+    depth = len(encoder.blocks)
     for i, block in enumerate(encoder.blocks):
         hook = drop_path(cfg.drop_path * i / max(1, depth - 1))
         block.attn.register_forward_hook(hook)
@@ -424,7 +430,8 @@ def finetune(model, train_set, test_set, cfg, trained, run):
 @torch.no_grad()
 def draw_pictures(model, cfg, trained, run, data, folder):
     """Write PNG files to `folder`: of --images, or of the first 8 images of `data`."""
-    size, given = pair(trained.img_size), []
+    size = pair(trained.img_size)
+    given = []
     for name in cfg.images:
         with reading(f"--images {name}"):
             box_of = functools.partial(centre_box, size=size, margin=1.0)
@@ -435,7 +442,8 @@ def draw_pictures(model, cfg, trained, run, data, folder):
         images, _ = next(eval_batches(trained, run, data, torch.arange(min(8, len(data)))))
     _, patches = encoder_of(model, cfg)(images)
     check_finite(patches)
-    grid, names = patch_grid(size, model.patch_size), ["eval_pca.png"]
+    grid = patch_grid(size, model.patch_size)
+    names = ["eval_pca.png"]
     colours = pca_colours(patches, grid, size)
     save_picture(folder / names[0], {"input": denormalise(images, trained), "features": colours})
     if grid == tuple(model.grid):  # a decoder has positions for its own grid only
@@ -445,7 +453,8 @@ def draw_pictures(model, cfg, trained, run, data, folder):
 
 def timm_state(model):
     """-> the encoder under the names of timm's ViT, and the call that builds a matching ViT."""
-    encoder, p = model.get_submodule(model.encoder_name), model.patch_size
+    encoder = model.get_submodule(model.encoder_name)
+    p = model.patch_size
     parts = ("cls_token", "pos_embed", "patch_embed", "blocks", "norm")
     state = {name: t.cpu() for name, t in encoder.state_dict().items()
              if name.split(".")[0] in parts}
@@ -459,7 +468,8 @@ def timm_state(model):
         name, zero = f"blocks.{i}.attn.", torch.zeros(dim)
         q, v = state.pop(name + "q_bias", zero), state.pop(name + "v_bias", zero)
         state.setdefault(name + "qkv.bias", torch.cat([q, zero, v]))
-    block, img_size = encoder.blocks[0], tuple(n * p for n in model.grid)
+    block = encoder.blocks[0]
+    img_size = tuple(n * p for n in model.grid)
     layer_scale = ", init_values=0.1" if "blocks.0.ls1.gamma" in state else ""
     return state, (
         f"timm.models.vision_transformer.VisionTransformer(img_size={img_size}, patch_size={p}, "
@@ -543,7 +553,10 @@ def evaluate(cfg):
 
     encoders = {row: encoder_of(models[row], cfg) for row in cfg.rows if row != "raw"}
     if "raw" in cfg.rows:
-        encoders["raw"] = lambda x: (raw_pixels(x)[0], patchify(x, model.patch_size))
+        def raw(images):
+            pooled, _ = raw_pixels(images)
+            return pooled, patchify(images, model.patch_size)
+        encoders["raw"] = raw
     jobs = [(probe, row) for probe in probes for row in encoders
             if row != "raw" or probe not in ("attentive", "finetune")]
 

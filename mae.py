@@ -84,7 +84,8 @@ class MAE(nn.Module):
                  norm_pix=True):
         super().__init__()
         self.grid = patch_grid(img_size, patch_size)
-        self.patch_size, self.norm_pix = patch_size, norm_pix
+        self.patch_size = patch_size  # p
+        self.norm_pix = norm_pix
         self.num_patches = self.grid[0] * self.grid[1]  # N
         self.num_visible = int(self.num_patches * (1 - mask_ratio))  # V, rounded down
         if not 0 < self.num_visible < self.num_patches:

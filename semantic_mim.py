@@ -237,7 +237,8 @@ class LayerScale(nn.Module):
 
 
 class DropPath(nn.Module):
-    """Drop a branch for random images; scale it up for the others, so that the mean stays."""
+    """Drop a branch for random images; scale it up for the others, so that the mean stays.
+    torchvision's StochasticDepth does the same, but importing it takes a second."""
 
     def __init__(self, rate):
         super().__init__()
@@ -281,8 +282,10 @@ class SemanticMIM(nn.Module):
                  baseline=False):
         super().__init__()
         self.grid = patch_grid(img_size, patch_size)
-        self.patch_size, self.num_proxy = patch_size, num_proxy  # p, K
-        self.target, self.baseline = target, baseline
+        self.patch_size = patch_size  # p
+        self.num_proxy = num_proxy  # K
+        self.target = target
+        self.baseline = baseline
         self.num_patches = self.grid[0] * self.grid[1]  # N
         num_masked = math.ceil(mask_ratio * self.num_patches)  # M, rounded up
         if self.num_patches == 4 and num_masked == 4 and mask_ratio < 1:
@@ -402,7 +405,8 @@ class SemanticMIM(nn.Module):
     def pictures(self, images, to_rgb):
         """{file name: {title: images [n, 3 or 1, H, W] in 0..1}}; to_rgb undoes the
         normalisation."""
-        K, size = self.num_proxy, images.shape[2:]
+        K = self.num_proxy
+        size = images.shape[2:]
         weights = self.attention(images)[:, :K, K:].mean(1)  # [n, N], the mean over proxies
         weights = (weights / weights.amax(1, keepdim=True)).unflatten(1, self.grid)[:, None]
         return {"features.png": {
@@ -493,14 +497,14 @@ def train(cfg):
         torch.manual_seed(seed_of("drop path", cfg.seed, step, run.rank))  # resumes exactly
         # Noise for the global batch: masks do not depend on the number of processes.
         noise = draw((cfg.batch_size, model.num_patches), run.device, "mask", cfg.seed, step)
-        jitter_noise = draw((cfg.batch_size, 3), run.device, "jitter", cfg.seed, step)
 
         for micro in range(cfg.accum):
             with meter.waiting_for_data():
                 images = next(stream)  # [m, C, H, W]
             if cfg.jitter:
+                factors = draw((cfg.batch_size, 3), run.device, "jitter", cfg.seed, step)
                 images = denormalise(images, cfg)  # 0..1
-                images = colour_jitter(images, jitter_noise[run.rows(micro)], cfg.jitter)
+                images = colour_jitter(images, factors[run.rows(micro)], cfg.jitter)
                 images = normalise(255 * images, cfg)
             tokens = None
             if tokenizer:

@@ -581,6 +581,21 @@ def test_fp16_that_never_recovers_stops_the_run(tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "last.pt").exists() and "NaN" not in (tmp_path / "log.jsonl").read_text()
 
 
+def test_fp16_skips_a_step_that_overflows(tmp_path, monkeypatch):
+    """Here in CAPI's cluster head, which has an optimizer of its own."""
+    steps, real = itertools.count(1), MODULES["capi"].build
+
+    def build(cfg):
+        model = real(cfg)
+        model.cluster_head.layer.bias.register_hook(
+            lambda grad: grad * math.inf if next(steps) == 2 else grad)
+        return model
+    monkeypatch.setattr(common, "choose_amp", lambda name, device: torch.float16)
+    monkeypatch.setattr(MODULES["capi"], "build", build)
+    state = trained(tiny(tmp_path, "capi", epochs=2), "capi")
+    assert all(t.isfinite().all() for t in state["model"].values())
+
+
 # -- 7. the environment
 
 JOIN = "WORLD_SIZE=2 MASTER_ADDR=localhost MASTER_PORT="

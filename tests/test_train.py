@@ -45,7 +45,7 @@ def loop_lines(method):
 
 @each_method
 def test_each_loop_has_the_lines_of_mae_in_the_same_order(method):
-    lines = loop_lines(method)
+    lines = loop_lines(method)  # a generator: each search goes on behind the line found last
     for line in loop_lines("mae"):
         assert line in lines, f"{method}.train does not have here this line of mae.train: {line}"
 
