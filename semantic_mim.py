@@ -483,6 +483,8 @@ def train(cfg):
     checkpoint = Checkpoint(cfg, run, plan, model=model, optimizer=optimizer, scaler=scaler)
     done = checkpoint.resume()  # steps, the same number on every rank
     ddp = run.wrap(model, plan.total)  # compiles; adds DDP if there are several processes
+    if tokenizer and run.compiled:
+        tokenizer.logits = torch.compile(tokenizer.logits)  # on a CPU about a sixth faster
     meter = Meter(cfg, run, done, plan.total, scaler)
     look = Look(cfg, run, model, train_set, val_set)  # k-NN, effective rank, pictures
     if done == 0:

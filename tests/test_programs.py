@@ -82,6 +82,16 @@ def test_two_compiled_processes_equal_one_eager(programs, tmp_path, method):
     assert_equal_runs(eager, compiled)
 
 
+def test_the_tokenizer_is_compiled_if_the_model_is(monkeypatch, tmp_path):
+    compiled = []
+    monkeypatch.setenv("CXX", "not used")
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda model: compiled.append("model"))
+    monkeypatch.setattr(torch, "compile", lambda f: compiled.append(f.__name__) or f)
+    argv = f"--target dvae --tokenizer {TOKENIZER} --compile on"
+    trained(tiny(tmp_path, "semantic_mim", argv), "semantic_mim")
+    assert compiled == ["model", "logits"]
+
+
 # -- files
 
 def alone(folder, method, argv):
