@@ -393,12 +393,11 @@ def draw_shapes(cfg, split, count):
 def torchvision_sets(cfg, run):
     """CIFAR and STL-10 in memory, Imagenette as a folder. One process per machine downloads."""
     from torchvision import datasets  # takes a second to import, and only these sets need it
-    if cfg.data == "imagenette":
-        make, splits = functools.partial(datasets.Imagenette, size="320px"), ("train", "val")
-    elif cfg.data == "stl10":
-        make, splits = datasets.STL10, ("train", "test")
-    else:
-        make, splits = getattr(datasets, cfg.data.upper()), (True, False)
+    make, *splits = {
+        "cifar10": (datasets.CIFAR10, True, False), "cifar100": (datasets.CIFAR100, True, False),
+        "stl10": (datasets.STL10, "train", "test"),
+        "imagenette": (functools.partial(datasets.Imagenette, size="320px"), "train", "val"),
+    }[cfg.data]
     try:
         if run.local_rank == 0:
             for split in splits:
@@ -1279,7 +1278,8 @@ def whole_file(path, previous=None):
 
 class Report(dict):
     """A line of the log. finite and stop are the same on all ranks."""
-    finite, stop = True, False
+    finite = True
+    stop = False
 
 
 class Meter:

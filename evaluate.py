@@ -301,7 +301,8 @@ def probe_images(probe, train, test, train_set, test_set, cfg):
     """knn, linear or attentive, for every kind of label."""
     scores, chosen = {}, {}
     for name, y in train_set.labels.items():
-        y, truth = y.to(train.device), test_set.labels[name].to(train.device)
+        y = y.to(train.device)
+        truth = test_set.labels[name].to(train.device)
         if probe == "knn":
             similarity, ids = knn(train, test, 20)  # the nearest first
             for k in (1, 20):
@@ -347,7 +348,8 @@ def probe_pixels(probe, train, test, train_set, test_set, p, cfg):
     shares = patch_labels(train_set.maps, p, classes, cfg.ignore).flatten(0, 1)
     order = torch.randperm(len(shares), generator=torch.Generator().manual_seed(cfg.seed))
     order = order[shares[order].sum(1) > 0][:16384]
-    x, y = train.flatten(0, 1)[order].float(), shares[order].to(train.device)
+    x = train.flatten(0, 1)[order].float()
+    y = shares[order].to(train.device)
     queries = test.flatten(0, 1).float()
     chosen = {}
     if probe == "seg-knn":
@@ -465,7 +467,8 @@ def timm_state(model):
     if state["pos_embed"].shape[1] == math.prod(model.grid):  # no position for CLS
         state["pos_embed"] = F.pad(state["pos_embed"], (0, 0, 1, 0))
     for i in range(len(encoder.blocks)):  # without bias, or without k's: zeros
-        name, zero = f"blocks.{i}.attn.", torch.zeros(dim)
+        name = f"blocks.{i}.attn."
+        zero = torch.zeros(dim)
         q, v = state.pop(name + "q_bias", zero), state.pop(name + "v_bias", zero)
         state.setdefault(name + "qkv.bias", torch.cat([q, zero, v]))
     block = encoder.blocks[0]
@@ -480,11 +483,14 @@ def timm_state(model):
 
 def safetensors(state):
     """The file format: the length of the header in 8 bytes, the header in JSON, the numbers."""
-    header, numbers, end = {}, [], 0
+    header = {}
+    numbers = []
+    start = 0
     for name, t in state.items():
         numbers.append(t.numpy().astype("<f4").tobytes())
-        start, end = end, end + len(numbers[-1])
+        end = start + len(numbers[-1])
         header[name] = {"dtype": "F32", "shape": list(t.shape), "data_offsets": [start, end]}
+        start = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # the numbers start at a multiple of 8 bytes
     return b"".join([len(text).to_bytes(8, "little"), text, *numbers])

@@ -32,8 +32,7 @@ the similarity of an image's tokens on a schedule.
 
 Differs from the authors' program:
 - s is averaged over the images of all processes, so that two processes equal one; theirs over each
-  process alone. At their 256 images per process the loss changes by 1e-6 of itself. As in theirs,
-  s is one micro-batch's: `--accum` changes the loss a little.
+  process alone. As in theirs, s is one micro-batch's: `--accum` changes the loss a little.
 - `--visible-share` replaces their count of visible patches, so that small grids work.
 - Gradients are clipped to norm 1; `--clip-grad 0` disables this, as in the paper.
 - A batch may span two epochs; theirs drops the last incomplete batch of an epoch.

@@ -32,7 +32,7 @@ of blocks.
 
 Differs from the authors' program:
 - Crops are resized with antialiasing; theirs (OpenCV) has none. This is the largest difference:
-  HOG targets of 224-pixel photographs differ by 25 % in L2 norm.
+  HOG targets of 224-pixel photographs differ by 24 % in L2 norm (docs/differences.py).
 - dVAE: the tokenizer sees the training crop, resized to half its size; theirs sees the same box of
   the photograph, resized separately to 112 pixels with Lanczos.
 - dVAE: brightness, contrast and saturation change in this order, after the crop, in floats; theirs
@@ -191,8 +191,8 @@ class Tokenizer:
     @torch.no_grad()
     def __call__(self, images, grid):
         """images in 0..1 -> token ids [B, N], after a resize that makes a patch 8 x 8 pixels. To
-        be called without autocast: in bf16 56 % of the ids of 500 photographs change (measured
-        with random weights that keep activations at unit variance)."""
+        be called without autocast: in bf16 55 % of the ids of photographs change (measured with
+        random weights, docs/differences.py)."""
         images = bicubic(images, [8 * n for n in grid]).clamp(0, 1)
         images = images.contiguous(memory_format=torch.channels_last)  # a tenth faster on a CPU
         return self.logits(0.1 + 0.8 * images).argmax(1).flatten(1)  # DALL-E's range of pixels

@@ -256,6 +256,15 @@ def training_commands():
     return sorted(c for c in found if re.search(rf" ({'|'.join(METHODS)})\.py\b", c))
 
 
+def test_differences_from_the_authors_programs_are_measured(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["differences.py", str(write_images(tmp_path, 4))])
+    script = runpy.run_path(str(ROOT / "docs" / "differences.py"))
+    script["RandomTokenizer"].__init__.__defaults__ = 8,  # width
+    script["main"]()
+    hog, dvae, capi = re.findall(r"([\d.e+-]+)(?:%|\sof)", capsys.readouterr().out)
+    assert float(hog) > 1 and float(dvae) <= 100 and abs(float(capi)) < 1e-5
+
+
 def test_curves_and_tables_are_made_of_logs_and_scores(unbroken, tmp_path):
     def script(name, *argv):
         command = [sys.executable, ROOT / "docs" / name, *argv]
