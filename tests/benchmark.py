@@ -206,14 +206,14 @@ def cost_of(method, flags):
             "frozen": frozen}
 
 
-def print_costs(methods):
+def print_costs(methods, more):
     print("at 40 % of 989 TFLOP/s per GPU (an H100), without decoding, all-reduce, saving")
     print(f"{'recipe':34}{'GFLOP/img':>10}{'MiB/img':>9}{'state GB':>9}{'batch':>7}{'epochs':>7}"
           f"{'GPU-hours':>10}{'GB/step':>9}")
     for name in methods:
         method, _, size = name.partition("/")
         for flags in recipes(method):
-            cost = cost_of(method, flags + ["--model", size] * bool(size))
+            cost = cost_of(method, flags + ["--model", size] * bool(size) + more)
             cfg, flops = cost["cfg"], cost["flops"]
             parts = [method, getattr(cfg, "target", ""), f"{cfg.model}/{cfg.patch_size}"]
             parts += [flag for flag in ("baseline", "recompute") if getattr(cfg, flag, False)]
@@ -437,7 +437,7 @@ def main():
         else:
             run_method(method, flags, steps)
     elif args.cost:
-        print_costs(args.methods)
+        print_costs(args.methods, flags)
     elif args.peers is not None:
         print_peers(args.peers, args.settings, args.rounds, args.steps)
     elif args.images:
