@@ -840,8 +840,8 @@ def main(train, Config, doc):
     if message:
         name = Path(sys.argv[0]).name if rank == "0" else f"rank {rank}"
         tqdm.write(f"{name}: {message}", file=sys.stderr)
-    if dist.is_initialized() and status == 0:
-        dist.destroy_process_group()  # after a failure this can hang, with torch 2.6 and gloo
+    if status == 0 and dist.is_initialized() and dist.get_backend() == "nccl":
+        dist.destroy_process_group()  # else NCCL warns; with gloo of torch 2.6 this can hang
     sys.exit(status)
 
 
