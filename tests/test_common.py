@@ -158,7 +158,7 @@ def test_draws_depend_on_their_names_alone():
 def test_every_image_comes_once_per_epoch(n, batch):
     def stream(first, steps, **changes):
         cfg, run = started(batch_size=batch, **changes)
-        return torch.cat([ids for ids, _ in random_crops(cfg, run, n, first, steps, "cpu")])
+        return torch.cat([ids for ids, _ in random_crops(cfg, run, n, first, steps)])
     steps = 4 + 4 * n // batch
     order = stream(0, steps)
     epochs = order[:4 * n].view(4, n)
