@@ -8,9 +8,8 @@
   python tests/benchmark.py --recipes --methods mae/large capi/large --settings "bf16 + compile"
                                                      what they take here
 
-A whole training step is timed: batch, mask, forward, backward, clipping, AdamW, teacher. Each row
-is a process of its own. The rows take turns, and the median of the turns counts: on a noisy machine
-only ratios within one call mean anything. Further flags go to the method: --model small.
+docs/speed.md says what is timed. Each row is a process of its own. The rows take turns, and the
+median of the turns counts. Further flags go to the method: --model small.
 """
 
 import argparse
@@ -227,13 +226,13 @@ def print_costs(methods, more):
 
 # -- MAE beside other implementations
 
+VIT = dict(img_size=224, patch_size=16, depth=12, decoder_dim=512, decoder_depth=8,
+           decoder_heads=16)
 PEER_SIZES = {  # sizes of the model, then the batch
     "cifar": (dict(img_size=32, patch_size=4, dim=192, depth=6, heads=3, decoder_dim=96,
                    decoder_depth=2, decoder_heads=3), 256),
-    "vit_small": (dict(img_size=224, patch_size=16, dim=384, depth=12, heads=6, decoder_dim=512,
-                       decoder_depth=8, decoder_heads=16), 16),
-    "vit_base": (dict(img_size=224, patch_size=16, dim=768, depth=12, heads=12, decoder_dim=512,
-                      decoder_depth=8, decoder_heads=16), 128),
+    "vit_small": (VIT | dict(dim=384, heads=6), 16),
+    "vit_base": (VIT | dict(dim=768, heads=12), 128),
     "toy": (dict(img_size=32, patch_size=8, dim=32, depth=1, heads=1, decoder_dim=16,
                  decoder_depth=1, decoder_heads=1), 8),
 }

@@ -81,9 +81,9 @@ def started(method="mae", flags="", **changes):
     return common.start(cfg)
 
 
-def built(method, flags=""):
+def built(method, flags="", **changes):
     """The toy model of a method, in evaluation mode."""
-    cfg, _ = started(method, flags)
+    cfg, _ = started(method, flags, **changes)
     torch.manual_seed(0)
     return MODULES[method].build(cfg).eval()
 
@@ -160,12 +160,6 @@ def printed_commands(text):
             if re.match(r"(python|torchrun) .*\.py\b", command):
                 found.append(command)
     return found
-
-
-def launch(args, nproc=1, program="mae.py"):
-    """The command line of a run in one process, or in several."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(nproc)]
-    return [sys.executable, *torchrun * (nproc > 1), str(ROOT / program), *map(str, args)]
 
 
 def environment(**env):

@@ -2,19 +2,16 @@
 
 import math
 
-import numpy as np
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms.functional import hflip, resized_crop, to_pil_image
 
 import common
-from common import (BadInput, attend, crop_boxes, crop_resize, draw, gather, patchify, random_crops,
-                    render_shapes, resize_positions, sincos_2d, split_ids, train_batches,
-                    unpatchify, unshuffle)
+from common import (attend, crop_boxes, crop_resize, draw, gather, patchify, random_crops,
+                    render_shapes, resize_positions, sincos_2d, split_ids, unpatchify, unshuffle)
 from conftest import noise_image, started
 
 # -- ViT
@@ -30,17 +27,13 @@ def test_unpatchify_undoes_patchify(chans, p, grid):
 
 
 def test_resized_positions_keep_their_meaning():
-    pos = torch.randn(1, 1 + 12, 8)
-    assert torch.equal(resize_positions(pos, (3, 4), (3, 4)), pos)
-    rows = torch.arange(3.0)[:, None].expand(3, 4).reshape(1, 12, 1)  # a table that tells the row
-    larger = resize_positions(F.pad(rows, (0, 0, 1, 0), value=7.0), (3, 4), (6, 5))
-    assert larger[0, 0] == 7  # CLS stays
-    table = larger[0, 1:, 0].view(6, 5)
-    torch.testing.assert_close(table, table[:, :1].expand(6, 5))
-    assert (table[1:, 0] > table[:-1, 0]).all()
-    smooth = sincos_2d(16, torch.arange(8.0), torch.arange(8.0))
-    back = resize_positions(resize_positions(smooth, (8, 8), (16, 24)), (16, 24), (8, 8))
-    torch.testing.assert_close(back, smooth, rtol=0, atol=0.1)
+    """There and back, with the token of CLS, which stays."""
+    pos = F.pad(sincos_2d(16, torch.arange(8.0), torch.arange(6.0)), (0, 0, 1, 0), value=7.0)
+    assert torch.equal(resize_positions(pos, (8, 6), (8, 6)), pos)
+    larger = resize_positions(pos, (8, 6), (16, 18))
+    assert larger.shape == (1, 1 + 16 * 18, 16) and (larger[0, 0] == 7).all()
+    back = resize_positions(larger, (16, 18), (8, 6))
+    torch.testing.assert_close(back, pos, rtol=0, atol=0.1)
 
 
 @pytest.mark.parametrize("dtype, tokens, atol", [  # few tokens and many: there are two ways
@@ -60,8 +53,6 @@ def test_queries_that_are_left_out_change_no_number():
     for out in (block(x)[:, 2:], block(x, first_query=2)):
         found.append([out, *torch.autograd.grad(out.square().sum(), [x, *block.parameters()])])
     torch.testing.assert_close(*found)
-    with pytest.raises(BadInput, match="heads"):
-        common.Attention(12, 5)
 
 
 # -- masking
@@ -168,20 +159,6 @@ def test_every_image_comes_once_per_epoch(n, batch):
     assert not torch.equal(stream(0, steps, seed=1), order)
 
 
-def test_labels_go_with_the_images_that_are_seen(tmp_path):
-    """Each picture is as bright as its label."""
-    cfg, run = started(batch_size=16)
-    labels = {"number": torch.arange(200)}
-    pixels = labels["number"].byte().view(-1, 1, 1, 1).repeat(1, 3, 20, 20)
-    for i in range(200):
-        Image.new("L", (20, 20), i).save(tmp_path / f"{i:03}.png")
-    folder = common.Folder(np.array(common.find_images(tmp_path, 3)[0]), labels)
-    for data in (common.Pixels(pixels, labels), folder):
-        for images, labels in train_batches(cfg, run, data, 0, 12, labelled=True):
-            shown = 255 * common.denormalise(images, cfg).mean((1, 2, 3))
-            assert shown.round().tolist() == labels["number"].tolist()
-
-
 def test_normalise_and_back():
     cfg, _ = started(mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7))
     images = torch.randint(0, 256, (2, 3, 4, 4)).float()
@@ -198,7 +175,6 @@ def test_effective_rank_by_hand():
     features = 7 + pair * torch.tensor([3.0, 1.0]) @ torch.linalg.qr(torch.randn(12, 12))[0][:2]
     entropy = -0.75 * math.log(0.75) - 0.25 * math.log(0.25)
     assert common.effective_rank(features) == pytest.approx(math.exp(entropy), rel=1e-3)
-    assert common.effective_rank(torch.ones(50, 8)) == 1.0
 
 
 def test_knn_by_brute_force():

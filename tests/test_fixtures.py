@@ -1,20 +1,17 @@
 """The authors' numbers: losses, predictions, features and gradients of single steps, and more.
 
 Single steps are in ../shared/fixtures, beside the repository; without it their tests are skipped.
-From tests/fixtures, which is always there: initialisations, groups of parameters, and the dVAE.
+From tests/fixtures, which is always there: initialisations and the dVAE.
 """
-
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-import common
 from capi import patch_coordinates
 from common import gather, patchify, split_ids, unshuffle
 from conftest import MODULES, SHARED_FIXTURES, load_fixture
 from semantic_mim import Tokenizer, hog_target
-from test_trajectories import RUNS, flags_of, initial_model, initial_weights, under_their_names
+from test_trajectories import RUNS, initial_model, under_their_names
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 each_device = pytest.mark.parametrize("device", DEVICES)
@@ -108,75 +105,28 @@ OUTPUTS = {"mae": mae_outputs, "latent_mim": latent_mim_outputs, "pilamim": pila
 
 @each_device
 @each_fixture
-@torch.no_grad()
-def test_losses_predictions_and_features(name, device):
-    fixture = load_shared(name, device)
+def test_losses_predictions_features_and_gradients(name, device):
+    """CAPI's authors have a table of frequencies in each block; nothing uses its gradient."""
+    fixture, module = load_shared(name, device), module_of(name)
     model, outputs = released(name, fixture), fixture["outputs"]
     loss, found = step_of(model, fixture)
+    loss.backward()
     found["loss"] = found.get("capi_loss", loss)  # the authors' name for it
-    pooled, found["features_patches"] = model.encode(fixture["inputs"]["images"])
-    found["features_cls"] = found["features_global"] = pooled
-    found |= OUTPUTS[module_of(name).__name__](model, fixture["inputs"], outputs)
+    with torch.no_grad():
+        pooled, found["features_patches"] = model.encode(fixture["inputs"]["images"])
+        found["features_cls"] = found["features_global"] = pooled
+        found |= OUTPUTS[module.__name__](model, fixture["inputs"], outputs)
     for key, expected in outputs.items():
         atol = 0 if "loss" in key else 1e-5
         torch.testing.assert_close(found[key], expected, rtol=1e-4, atol=atol,
                                    msg=lambda text: f"{key}: {text}")
-
-
-# -- gradients and optimisers, by the authors' names
-
-@each_device
-@each_fixture
-def test_gradient_norms(name, device):
-    """CAPI's authors have a table of frequencies in each block; nothing uses its gradient."""
-    fixture = load_shared(name, device)
-    model = released(name, fixture)
-    step_of(model, fixture)[0].backward()
     gradients = {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
     norms = {key: float(v) for key, v in fixture["grad_norms"].items() if "rope.freqs" not in key}
-    ours = under_their_names(module_of(name), fixture["state_dict"], sizes_of(fixture), list(norms),
+    ours = under_their_names(module, fixture["state_dict"], sizes_of(fixture), list(norms),
                              gradients)
     assert sum(g.numel() for g in gradients.values()) == sum(g.numel() for g in ours.values())
     for key, norm in norms.items():
         assert ours[key].norm().item() == pytest.approx(norm, rel=1e-4, abs=1e-6), key
-
-
-class Made(Exception):
-    pass
-
-
-@pytest.mark.parametrize("name", RUNS)
-def test_optimisers_treat_each_parameter_as_the_authors(name, monkeypatch, tmp_path):
-    """Which parameters have weight decay. CAPI's differ in its amount, and in the learning rate."""
-    module, recorded = RUNS[name], load_fixture(name)
-    sizes = recorded["config"]
-
-    def stop(*args, **parts):
-        raise Made(parts)
-    monkeypatch.setitem(common.MODELS, "recorded", (sizes["dim"], sizes["depth"], sizes["heads"]))
-    monkeypatch.setattr(module, "Checkpoint", stop)
-    if "vocab" in sizes:
-        tokenizer = SimpleNamespace(vocab=sizes["vocab"])
-        monkeypatch.setattr(module.Tokenizer, "from_file", lambda path, device: tokenizer)
-    with pytest.raises(Made) as made:
-        module.train(flags_of(name, recorded, tmp_path))
-    parts = made.value.args[0]
-    optimizers = [part for key, part in parts.items() if "optimizer" in key]
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    names = {p: key for key, p in parts["model"].named_parameters()}
-
-    def by_their_names(option):
-        values = {names[p]: torch.full_like(p, group.get(option, 1.0))
-                  for group in groups for p in group["params"]}
-        found = under_their_names(module, initial_weights(name, recorded), sizes,
-                                  list(recorded["final_sample"]), values)
-        return {key: value.unique().tolist() for key, value in found.items()
-                if not value.isnan().all()}
-    decay, rate = by_their_names("weight_decay"), by_their_names("scale")
-    assert {key for key, values in decay.items() if values != [0]} == set(recorded["decayed"])
-    for key, scale in recorded.get("decay_scale", {}).items():
-        assert decay[key] == pytest.approx([scale * recorded["recipe"]["weight_decay"]]), key
-        assert rate[key] == pytest.approx([recorded["lr_scale"][key]]), key
 
 
 @pytest.mark.parametrize("name", RUNS)

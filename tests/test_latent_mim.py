@@ -3,23 +3,9 @@
 import pytest
 import torch
 
-import latent_mim
 from common import patchify, random_mask, split_ids
-from conftest import tiny
-from latent_mim import LatentMIM, cell_crops
-
-
-def small(**changes):
-    sizes = dict(img_size=32, patch_size=8, dim=32, depth=2, heads=2, decoder_dim=16,
-                 decoder_depth=2, decoder_heads=2, num_visible=4, proj_dim=24, gap=2)
-    model = LatentMIM(**sizes | changes)
-    for p in model.teacher.parameters():
-        p.data += 0.1 * torch.randn_like(p)  # no longer a copy
-    return model
-
-
-def some_mask(images):
-    return random_mask(torch.rand(images, 16), 12)
+from conftest import built
+from latent_mim import cell_crops
 
 
 # -- patches with gaps
@@ -40,19 +26,21 @@ def test_cell_crops_by_loops(chans, grid, p, gap):
 
 
 def test_offsets_are_uniform_and_independent():
-    offsets = small(gap=4).draw_offsets(torch.rand(2000, 9, 2))
+    offsets = built("latent_mim", gap=4).draw_offsets(torch.rand(2000, 9, 2))
     assert offsets.unique().tolist() == [0, 1, 2, 3]  # the last row of a cell is never seen
     assert (offsets.flatten().bincount() / 36000 - 0.25).abs().max() < 0.02
     assert abs(torch.corrcoef(offsets.flatten(0, 1).T.float())[0, 1]) < 0.03
-    assert not small(gap=0).draw_offsets(torch.rand(5, 2, 2)).any()
+    assert not built("latent_mim", gap=0).draw_offsets(torch.rand(5, 2, 2)).any()
 
 
 # -- the loss that was not recorded
 
 def test_l2_by_hand():
     """The paper's naive objective, with targets that are standardised per token."""
-    model, is_masked = small(loss="l2", sim_coeff=0.0), some_mask(3)
-    images = torch.randn(3, 3, 32, 32)
+    model = built("latent_mim", loss="l2", sim_coeff=0.0, visible_share=0.25)
+    for p in model.teacher.parameters():
+        p.data += 0.1 * torch.randn_like(p)  # no longer a copy
+    images, is_masked = torch.randn(3, 3, 32, 32), random_mask(torch.rand(3, 16), 12)
     ids_visible, ids_masked = split_ids(is_masked, 4)
     latent = model.encoder(patchify(images, 8), ids_visible)
     target = model.teacher(patchify(images, 8), ids_masked)[:, 1:]
@@ -69,7 +57,6 @@ def test_l2_by_hand():
     (224, 16, 20 / 196, 20), (32, 4, 20 / 196, 7), (8, 4, 20 / 196, 2), (16, 4, 0.01, 2),
     (16, 4, 0.5, 8)])
 def test_visible_share_and_gap(size, patch, share, visible):
-    cfg = tiny("run", "latent_mim", img_size=(size,), patch_size=patch, visible_share=share)
-    model = latent_mim.build(cfg)
+    model = built("latent_mim", img_size=(size,), patch_size=patch, visible_share=share)
     assert model.num_visible == visible  # rounded to the nearest, at least 2
     assert model.gap == patch // 4

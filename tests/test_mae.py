@@ -4,29 +4,14 @@ import pytest
 import torch
 
 from common import gather, patchify, random_mask
-from mae import MAE, normalise_patches
-
-
-def small(**changes):
-    sizes = dict(img_size=32, patch_size=8, dim=32, depth=2, heads=2, decoder_dim=16,
-                 decoder_depth=2, decoder_heads=2)
-    return MAE(**sizes | changes)
-
-
-def test_normalise_patches_by_hand():
-    patches = torch.tensor([[1.0, 2.0, 3.0, 6.0], [5.0, 5.0, 5.0, 5.0]])
-    target, mean, std = normalise_patches(patches)
-    deviation = ((4 + 1 + 0 + 9) / 3 + 1e-6) ** 0.5  # unbiased: by 3, not 4
-    torch.testing.assert_close(target[0], torch.tensor([-2, -1, 0, 3]) / deviation)
-    torch.testing.assert_close(mean[:, 0], torch.tensor([3.0, 5.0]))
-    torch.testing.assert_close(std[:, 0], torch.tensor([deviation, 1e-3]))
-    assert torch.equal(target[1], torch.zeros(4))  # a flat patch is zero, not infinite
+from conftest import built
+from mae import normalise_patches
 
 
 @pytest.mark.parametrize("norm_pix", [True, False])
 @pytest.mark.parametrize("shape", [(3, 32, 32), (1, 16, 24)])
 def test_an_exact_prediction_has_no_loss_and_gives_the_input(norm_pix, shape, monkeypatch):
-    model = small(norm_pix=norm_pix, img_size=shape[1:], in_chans=shape[0], mask_ratio=0.5)
+    model = built("mae", norm_pix=norm_pix, img_size=shape[1:], in_chans=shape[0], mask_ratio=0.5)
     images, N = torch.randn(3, *shape), model.num_patches
     patches, is_masked = patchify(images, 8), random_mask(torch.rand(3, N), N // 2)
     exact = normalise_patches(patches)[0] if norm_pix else patches
@@ -51,4 +36,4 @@ def test_an_exact_prediction_has_no_loss_and_gives_the_input(norm_pix, shape, mo
 
 @pytest.mark.parametrize("ratio, visible", [(0.75, 4), (0.6, 6), (0.9, 1), (0.05, 15)])
 def test_number_of_visible_patches_is_rounded_down(ratio, visible):
-    assert small(mask_ratio=ratio).num_visible == visible
+    assert built("mae", mask_ratio=ratio).num_visible == visible

@@ -57,29 +57,20 @@ def assert_equal_runs(one, two):
         torch.testing.assert_close(average, state["exp_avg"], rtol=1e-3, atol=1e-5)
 
 
-RUN = "--data shapes:80 --epochs 2 --log-every 1 --accum 2"
-
-
+@pytest.mark.parametrize("job", ["program", "compiled"])
 @each_method
-def test_two_processes_equal_one(programs, tmp_path, method):
+def test_two_processes_equal_one(programs, tmp_path, method, job):
     one, two = tmp_path / "one", tmp_path / "two"
-    trained(tiny(one, method, RUN), method)
-    argv = flags_of(method, two, RUN)
-    assert programs.run_together("program", method=method, argv=argv) == [0, 0], programs.said(1)
-    assert "processes: 2" in programs.said(0)[0] and programs.said(1) == ["", ""]
+    flags = "--data shapes:80 --epochs 2 --log-every 1 --accum 2"
+    trained(tiny(one, method, flags), method)
+    argv = flags_of(method, two, flags)
+    assert programs.run_together(job, method=method, argv=argv) == [0, 0], programs.said(1)
+    told = programs.said(0)[0]
+    assert "processes: 2" in told and ("compiled" in told) == (job == "compiled")
+    assert programs.said(1) == ["", ""]
     assert_equal_runs(one, two)
     looks = [next(r for r in records(out) if "knn_kind" in r) for out in (one, two)]
     assert looks[0] == looks[1]  # before training
-
-
-@each_method
-def test_two_compiled_processes_equal_one_eager(programs, tmp_path, method):
-    eager, compiled = tmp_path / "eager", tmp_path / "compiled"
-    trained(tiny(eager, method, RUN), method)
-    argv = flags_of(method, compiled, RUN)
-    statuses = programs.run_together("compiled", method=method, argv=argv)
-    assert statuses == [0, 0] and "compiled" in programs.said(0)[0], programs.said(0)
-    assert_equal_runs(eager, compiled)
 
 
 def test_the_tokenizer_is_compiled_if_the_model_is(monkeypatch, tmp_path):

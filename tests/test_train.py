@@ -66,11 +66,12 @@ def test_resume_is_exact(unbroken, tmp_path, monkeypatch, method, flags):
     def interrupt(images, micro):
         if micro == (stop - 1) * cfg.accum + 1:
             os.kill(os.getpid(), number)
+    torch.manual_seed(1)  # the seed of the Config decides, not the state of the process
     with monkeypatch.context() as patch:
         change_batches(method, interrupt, patch.setattr)
         assert MODULES[method].train(cfg) == 128 + number
     assert read_checkpoint(tmp_path / "last.pt")["step"] == stop
-    torch.manual_seed(12345)  # another process would start from another state
+    torch.manual_seed(2)
     trained(cfg, method)
     assert_same_run(tmp_path, whole.out)
     assert looks_of(tmp_path) == looks_of(whole.out)
@@ -146,14 +147,6 @@ def test_a_run_learns(tmp_path, method):
     assert last["loss"] < 0.97 * first["loss"]
     if method == "mae":
         assert last["loss"] < 0.97 * last["loss_of_mean"]
-
-
-@each_method
-def test_the_seed_decides_everything_random(tmp_path, method):
-    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        torch.manual_seed(ord(name))
-        trained(tiny(tmp_path / name, method, seed=seed), method)
-    assert losses(tmp_path / "a") == losses(tmp_path / "b") != losses(tmp_path / "c")
 
 
 @pytest.mark.parametrize("method", [method for method in METHODS if method != "capi"])
