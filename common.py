@@ -10,7 +10,6 @@ import contextlib
 import ctypes
 import dataclasses
 import datetime
-import errno
 import functools
 import json
 import math
@@ -402,7 +401,8 @@ def torchvision_sets(cfg, run):
         if run.local_rank == 0:
             for split in splits:
                 make(cfg.data_root, split, download=True)
-        run.barrier()
+        if run.world > 1:
+            dist.barrier()
         sets = [make(cfg.data_root, split) for split in splits]
     except (RuntimeError, OSError) as error:
         raise BadInput(f"--data {cfg.data}: not in --data-root {cfg.data_root}, and the download "
@@ -413,7 +413,7 @@ def torchvision_sets(cfg, run):
         raise BadInput(f"--data {cfg.data} has 3 channels, not --in-chans {cfg.in_chans}")
     in_memory = []
     for images, labels in (zip(*part) for part in sets):
-        images = torch.from_numpy(np.stack([np.asarray(image) for image in images]))  # [n, H, W, C]
+        images = torch.from_numpy(np.stack(images))  # [n, H, W, C]
         images = images.permute(0, 3, 1, 2).contiguous()
         in_memory.append(Pixels(images, {"class": torch.tensor(labels)}))
     return in_memory
@@ -580,26 +580,26 @@ def random_crops(cfg, run, n, done, total):
             yield torch.tensor(ids), noise[rows]
 
 
-def train_batches(cfg, run, data, done, total, size=None, labelled=False):
+def train_batches(cfg, run, data, done, total, size=None, with_ids=False):
     """The micro-batches [m, C, H, W] of the steps done + 1 .. total, randomly cropped to `size`
-    (default --img-size) and flipped. labelled: with their labels."""
+    (default --img-size) and flipped. with_ids: with the ids [m] of their images."""
     crops = random_crops(cfg, run, len(data), done, total)
-    for images, labels in batches(cfg, run, data, crops, size or pair(cfg.img_size)):
-        yield (images, labels) if labelled else images
+    for images, ids in batches(cfg, run, data, crops, size or pair(cfg.img_size)):
+        yield (images, ids) if with_ids else images
 
 
 def eval_batches(cfg, run, data, ids):
-    """Centre crops [m, C, H, W] of the images of a set, and their labels."""
+    """Centre crops [m, C, H, W] of the images of a set, and their ids."""
     crops = ((chunk, None) for chunk in ids.split(64))
     return batches(cfg, run, data, crops, pair(cfg.img_size))
 
 
 def batches(cfg, run, data, crops, size):
     """crops: pairs of ids and the noise for random crops, None for central ones -> normalised
-    images on the device, and their labels {name: [m]}."""
+    images on the device, and the ids of those that could be read."""
     read = read_batches if isinstance(data, Folder) else cut_batches
     for images, ids in read(cfg, run, data, crops, size):
-        yield normalise(images, cfg), {name: y[ids] for name, y in data.labels.items()}
+        yield normalise(images, cfg), ids
 
 
 def cut_batches(cfg, run, data, crops, size):
@@ -679,6 +679,8 @@ def read_batches(cfg, run, data, crops, size):
         for images, ids, broken in loader:
             report_broken(data, broken)
             yield images.to(run.device, non_blocking=True).float(), ids
+    except (ConnectionError, EOFError) as error:  # torch has not seen yet that the process is dead
+        raise RuntimeError("a DataLoader worker was killed") from error
     finally:
         torch.set_num_threads(threads)
 
@@ -793,11 +795,10 @@ def parse_args(Config, doc="", argv=None):
             options["help"] += f" [{shown}]"
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
-        elif typing.get_origin(kind) is tuple:
-            options.setdefault("nargs", 2 if len(default) == 2 else "+")
-            options.update(type=typing.get_args(kind)[0], metavar="X")
         else:
             options["type"] = (typing.get_args(kind) or [kind])[0]  # `int | None` reads an int
+        if typing.get_origin(kind) is tuple:
+            options.update(nargs=2 if len(default) == 2 else "+", metavar="X")
         dashes = "" if options.pop("positional", False) else "--"
         parser.add_argument(dashes + name.replace("_", "-"), default=default, **options)
     values = vars(parser.parse_args(argv))
@@ -996,10 +997,6 @@ class Run:
     def autocast(self):
         return torch.autocast(self.device.type, self.amp, enabled=self.amp is not None)
 
-    def barrier(self):
-        if self.world > 1:
-            dist.barrier()
-
     def gather(self, t):
         """[n, ...] of each process -> [world * n, ...]."""
         if self.world == 1:
@@ -1136,10 +1133,8 @@ def read_checkpoint(path):
             raise ValueError
         return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=zipped))
     except Exception as error:  # torch.load raises many kinds
-        invalid = getattr(error, "errno", None) == errno.EINVAL  # truncated: a seek before 0
-        if isinstance(error, (OSError, MemoryError)) and not invalid or "allocate" in str(error):
-            reason = one_line(error) or "out of memory"
-            raise BadInput(f"{path}: cannot be read ({reason})") from error
+        if isinstance(error, (PermissionError, MemoryError)) or "allocate" in str(error):
+            raise BadInput(f"{path}: cannot be read ({error!r})") from error
         if "GLOBAL" in str(error) or "reduce" in str(error):
             raise BadInput(f"{path}: it holds code, which is refused. If you trust it, extract its "
                            "weights: " + EXTRACT.format(shlex.quote(str(path)))) from error
@@ -1161,7 +1156,7 @@ class Checkpoint:
         step = 0
         old = [path for path in (self.last, self.previous) if os.path.lexists(path)]
         if self.cfg.resume != "no" and (old or self.cfg.resume != "auto"):
-            step = self.load(old or [Path(self.cfg.resume)])
+            step = self.load(*old or [self.cfg.resume])
         self.agree(step)
         if self.run.is_main:
             with writing(f"--out {self.cfg.out}"):
@@ -1174,17 +1169,15 @@ class Checkpoint:
                         path.unlink()
         return step
 
-    def load(self, paths):
-        """Load the first file, or the second if it is damaged -> the number of steps done."""
-        path = paths[0]
+    def load(self, path, *others):
+        """Load the file, or the next one if it is damaged -> the number of steps done."""
         try:
             state = read_checkpoint(path)
         except Damaged as error:
-            if len(paths) == 1:
+            if not others:
                 raise
-            path = paths[1]
-            self.run.say(f"warning: {error}; resuming from {path}")
-            state = read_checkpoint(path)
+            self.run.say(f"warning: {error}")
+            return self.load(*others)
         config, method = state.get("config"), state.get("method")
         if method != self.run.method or not isinstance(config, dict):
             raise BadInput(f"{path}: not a checkpoint of {self.run.method}, but of {method}")
@@ -1202,8 +1195,7 @@ class Checkpoint:
             if type(step) is not int or step < 0:
                 raise ValueError(step)
             for name, part in self.parts.items():
-                if name != "scaler" or part.is_enabled():  # a disabled scaler has no state
-                    part.load_state_dict(state[name])
+                part.load_state_dict(state[name])
                 if isinstance(part, torch.optim.Optimizer):
                     check_shapes(part)
             name = "rng"
@@ -1311,9 +1303,7 @@ class Meter:
     def lines_until(self, step):
         """The log without what was written after the checkpoint, and without a torn last line."""
         kept = ""
-        if os.path.lexists(self.path) and not self.path.is_file():
-            raise OSError("not a file")  # opening a named pipe would block
-        if step and self.path.exists():
+        if step and self.path.is_file():  # opening a named pipe would block
             for line in self.path.read_text(errors="replace").splitlines():
                 with contextlib.suppress(ValueError, AttributeError, TypeError):
                     if json.loads(line).get("step", 0) <= step:
@@ -1448,16 +1438,13 @@ def features_of(encode, cfg, run, data, ids, take):
     """take(pooled, patches) of the images `ids`, and their labels. The ranks share the work."""
     share = math.ceil(len(ids) / run.world)
     mine = ids[(run.rank * share + torch.arange(share)) % len(ids)]  # pads the last share
-    features, labels = [], {name: [] for name in data.labels}
-    for images, known in eval_batches(cfg, run, data, mine):
+    features, seen = [], []
+    for images, some in eval_batches(cfg, run, data, mine):
         with run.autocast():
             features.append(take(*encode(images)))
-        for name, y in known.items():
-            labels[name].append(y.to(run.device))
-
-    def everyone(parts):
-        return run.gather(torch.cat(parts))[:len(ids)]
-    return everyone(features), {name: everyone(parts) for name, parts in labels.items()}
+        seen.append(some.to(run.device))
+    features, seen = (run.gather(torch.cat(parts))[:len(ids)] for parts in (features, seen))
+    return features, {name: y.to(run.device)[seen] for name, y in data.labels.items()}
 
 
 class Look:
@@ -1474,6 +1461,7 @@ class Look:
         self.queries = shown, evenly(queries, 2048)
         self.images, _ = next(eval_batches(cfg, run, shown, torch.arange(min(8, len(shown)))))
 
+    @torch.no_grad()
     def __call__(self, step):
         self.model.eval()
         scores = self.scores(self.model.encode)
@@ -1481,7 +1469,9 @@ class Look:
             raw = self.scores(raw_pixels)
             scores |= {"raw_" + name: v for name, v in raw.items() if name.startswith("knn_")}
         if self.run.is_main:
-            save_pictures(self.model, self.images, self.cfg, self.cfg.out)
+            to_rgb = functools.partial(denormalise, cfg=self.cfg)
+            for name, columns in self.model.pictures(self.images, to_rgb).items():
+                save_picture(Path(self.cfg.out, name), columns)
         self.model.train()
         return scores
 
@@ -1522,15 +1512,6 @@ def pca_colours(patches, grid, size):
     colours = ((colours - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
     colours = colours.unflatten(0, (len(patches), *grid)).permute(0, 3, 1, 2)
     return F.interpolate(colours, tuple(size))
-
-
-@torch.no_grad()
-def save_pictures(model, images, cfg, folder, prefix=""):
-    """Draw a model's pictures of these images -> the names of the files."""
-    pictures = model.pictures(images, functools.partial(denormalise, cfg=cfg))
-    for name, columns in pictures.items():
-        save_picture(Path(folder, prefix + name), columns)
-    return [prefix + name for name in pictures]
 
 
 def save_picture(path, columns):

@@ -46,8 +46,8 @@ from tqdm import tqdm
 from common import (FORMATS, MODELS, BadInput, Folder, Pixels, centre_box, check_ranges,
                     denormalise, eval_batches, evenly, every_tenth, features_of, find_images, flag,
                     knn, load_data, main, normalise, one_line, pair, patch_grid, patchify,
-                    pca_colours, raw_pixels, read_checkpoint, read_crop, save_picture,
-                    save_pictures, start, train_batches, vote, warmup_cosine, whole_file, writing)
+                    pca_colours, raw_pixels, read_checkpoint, read_crop, save_picture, start,
+                    train_batches, vote, warmup_cosine, whole_file, writing)
 
 PROBES = {  # probe: the features that it needs, and how many images it uses at most
     "knn": ("pooled", None), "linear": ("pooled", None), "attentive": ("patches", 4096),
@@ -413,11 +413,11 @@ def finetune(model, train_set, test_set, cfg, trained, run):
     total = max(1, cfg.finetune_epochs * len(train_set) // batch)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, functools.partial(
         warmup_cosine, total=total, warmup=total // 10, peak=1.0, first=0.0, last=0.0))
-    stream = train_batches(trained, run, train_set, 0, total, labelled=True)
-    for images, labels in tqdm(stream, "finetune", total=total, leave=False, disable=None):
+    stream = train_batches(trained, run, train_set, 0, total, with_ids=True)
+    for images, ids in tqdm(stream, "finetune", total=total, leave=False, disable=None):
         with run.autocast():
             logits = head(encode(images)[0])
-        F.cross_entropy(logits.float(), labels[name].to(run.device)).backward()
+        F.cross_entropy(logits.float(), y[ids].to(run.device)).backward()
         nn.utils.clip_grad_norm_([*encoder.parameters(), *head.parameters()], 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -445,12 +445,14 @@ def draw_pictures(model, cfg, trained, run, data, folder):
     _, patches = encoder_of(model, cfg)(images)
     check_finite(patches)
     grid = patch_grid(size, model.patch_size)
-    names = ["eval_pca.png"]
+    to_rgb = functools.partial(denormalise, cfg=trained)
     colours = pca_colours(patches, grid, size)
-    save_picture(folder / names[0], {"input": denormalise(images, trained), "features": colours})
+    pictures = {"pca.png": {"input": to_rgb(images), "features": colours}}
     if grid == tuple(model.grid):  # a decoder has positions for its own grid only
-        names += save_pictures(model, images, trained, folder, prefix="eval_")
-    run.say(f"wrote {' '.join(names)}")
+        pictures |= model.pictures(images, to_rgb)
+    for name, columns in pictures.items():
+        save_picture(folder / f"eval_{name}", columns)
+    run.say(f"wrote {' '.join(f'eval_{name}' for name in pictures)}")
 
 
 def timm_state(model):

@@ -253,13 +253,6 @@ def test_sizes_channels_and_a_batch_of_one(tmp_path, method, size, patch_size, c
     assert len(losses(tmp_path)) == 2 and all(math.isfinite(loss) for loss in losses(tmp_path))
 
 
-def first_batch(cfg, run, data):
-    """The first training batch, and which images it shows."""
-    data.labels = {"id": torch.arange(len(data))}
-    images, labels = next(common.train_batches(cfg, run, data, 0, 1, labelled=True))
-    return images, labels["id"]
-
-
 @pytest.mark.parametrize("kind, chans", [("memory", 3), ("png", 3), ("npy", 12)])
 def test_no_flip(tmp_path, kind, chans):
     """The whole image is the only crop here. With flips some come mirrored, without them none."""
@@ -271,7 +264,7 @@ def test_no_flip(tmp_path, kind, chans):
     for flip in (True, False):
         cfg, run = started(flip=flip, **flags)
         data = common.Pixels(images, {}) if kind == "memory" else common.load_data(cfg, run)[0]
-        crops, ids = first_batch(cfg, run, data)
+        crops, ids = next(common.train_batches(cfg, run, data, 0, 1, with_ids=True))
         crops, wanted = 255 * common.denormalise(crops, cfg), images[ids].float()
         straight, mirrored = ((crops - x).abs().flatten(1).amax(1) < 1
                               for x in (wanted, wanted.flip(3)))
@@ -320,7 +313,7 @@ def test_class_folders(tmp_path, capsys, val, count):
     assert look.gallery[0] is train_set and {*look.gallery[1].tolist()} == gallery
     assert look.queries[0] is asked and {*look.queries[1].tolist()} == queries
     assert ("knn_class" in look.scores(common.raw_pixels)) == (count == 15)
-    _, ids = first_batch(cfg, run, train_set)
+    _, ids = next(common.train_batches(cfg, run, train_set, 0, 1, with_ids=True))
     assert sorted(ids.tolist()) == [*range(2 * count)]
 
 
