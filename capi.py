@@ -44,8 +44,7 @@ Differs from the authors' program:
 - The first Sinkhorn iteration is in log space, so that no row underflows; the loss changes by less
   than 1e-5 of itself (docs/differences.py).
 - The rows of the student head are divided by their length without the 1e-8 that theirs adds.
-- The demo initialises weights with deviation 0.02 (`--init small`); theirs are Xavier uniform
-  (`--init xavier`).
+- The demo initialises weights with deviation 0.02; theirs are Xavier uniform (`--init xavier`).
 - The student's gradient is clipped to norm 1; `--clip-grad 0` disables this, as in the paper.
 - A run has epochs; theirs counts steps.
 tests/test_trajectories.py repeats 24 recorded steps of their program: losses agree within 1e-5.
@@ -61,10 +60,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint as recomputed
 
-from common import (BadInput, Checkpoint, Look, Meter, Mlp, PatchEmbed, Plan, TrainConfig, attend,
-                    bicubic, clip_gradients, draw, encoder_sizes, flag, gather, load_data,
-                    load_released, main, patch_grid, patchify, pca_colours, seed_of, split_ids,
-                    spread, start, train_batches, update_ema, xavier_init)
+from common import (BadInput, Checkpoint, Look, Meter, Mlp, PatchEmbed, Plan, TrainConfig,
+                    arguments, attend, bicubic, check_visible, clip_gradients, draw, flag, gather,
+                    load_data, load_released, main, patch_grid, patchify, pca_colours, seed_of,
+                    split_ids, spread, start, train_batches, update_ema, xavier_init)
 
 
 # ---- Config: own flags and changed defaults. The defaults are the demo's.
@@ -74,14 +73,13 @@ class Config(TrainConfig):
     mask_ratio: float = flag(0.65, "share of the patches that are masked", 0, 1)
     predict_share: float = flag(1.0, "share of the masked patches to predict; the paper's is 0.05",
                                 0, 1)
-    clusters: int = flag(0, "clusters K; 0: the batch size, but at most the paper's 16384", 0)
+    clusters: int = flag(0, "clusters; 0: the batch size, at most the paper's 16384", 0)
     registers: int = flag(4, "register tokens, a multiple of 4; the paper's is 16", 0)
     predictor_depth: int = flag(2, "blocks of the predictor; the paper's is 12", 1)
     drop_path: float = flag(0.0, "share of the images that skip a branch; the paper's is 0.2", 0,
                             0.9)
-    init: str = flag("small", "initialisation: xavier, the authors'; or small (trunc-normal 0.02), "
-                     "which learns more in the demo: at width 96 Xavier's are 3 to 5 times larger",
-                     choices=["xavier", "small"])
+    init: str = flag("small", "initialisation: xavier, the authors'; small (deviation 0.02) "
+                     "learns more in the demo", choices=["xavier", "small"])
     ema: float = flag(0.97, "momentum of the teacher after the warm-up; the paper's is 0.999", 0, 1)
     cluster_lr: float = flag(0.5, "the clusters' learning rate as a multiple of the student's", 0,
                              1e6)
@@ -97,8 +95,8 @@ class Config(TrainConfig):
 # ---- What the paper adds: the mask, coordinates, balanced assignments, their loss
 
 def inverse_block(noise, grid, num_visible):
-    """noise [B, 3], uniform -> is_masked [B, N]. One block of the grid stays visible, everything
-    else is masked; then the mask is rolled around both axes by a random shift."""
+    """noise [B, 3], uniform -> is_masked [B, N]. One block of the grid stays visible; then the mask
+    is rolled around both axes by a random shift."""
     rows, columns = grid
     # The block's aspect ratio (height / width) is log-uniform in [1/2, 2], as far as it fits.
     flattest = num_visible / columns**2
@@ -142,8 +140,8 @@ def register_coordinates(count, device):
 
 def rotary_table(head_dim):
     """Angular frequencies [2, d] for row and column: d/4 values fall geometrically from 7 to 7e-4
-    periods per image. The first half of the channels uses the row, the second the column; each half
-    repeats the values twice."""
+    periods per image. The first half of the channels, for the row, has them twice; so has the
+    second, for the column."""
     n = head_dim // 4
     frequencies = 2 * math.pi * 7 * 1e-4 ** (torch.arange(n, dtype=torch.float64) / max(1, n - 1))
     twice = frequencies.repeat(2)
@@ -152,18 +150,17 @@ def rotary_table(head_dim):
 
 
 def rotation(coordinates, table):
-    """[B or 1, T, 2] -> cosine and sine [B or 1, 1, T, d] of each channel's angle; the sine is
+    """[B or 1, T, 2] -> cosine and sine [B or 1, 2, 1, T, d] of each channel's angle; the sine is
     negative in the first half. A matrix product would be rounded to bf16 by autocast."""
     angle = (coordinates[..., :1] * table[0] + coordinates[..., 1:] * table[1])[:, None]
     low, high = angle.sin().chunk(2, -1)
-    return angle.cos(), torch.cat([-low, high], -1)
+    return torch.stack([angle.cos(), torch.cat([-low, high], -1)], 1)
 
 
 def rotate(x, rope):
     """x cos + rotate_half(x) sin over the whole head: x [..., B, heads, T, d]. A channel's partner
-    is half a head away, so one turns with the row and the other with the column. This is not a
-    true rotation; it is what the authors' program does."""
-    cos, sin = (t.to(x.dtype) for t in rope)
+    turns with the other coordinate: not a true rotation, but what the authors' program does."""
+    cos, sin = rope.to(x.dtype).unbind(1)
     a, b = x.chunk(2, -1)
     return torch.addcmul(x * cos, torch.cat([b, a], -1), sin)
 
@@ -226,8 +223,8 @@ class RotaryAttention(nn.Module):
 
 
 class RotaryBlock(nn.Module):
-    """With a context it is a block of the predictor: queries attend to the context, never to each
-    other. Drop path skips a branch for some images, which saves their compute."""
+    """With a context, a block of the predictor: queries attend to the context, never to each other.
+    Drop path skips a branch for some images, which saves their compute."""
 
     def __init__(self, dim, heads, drop_path=0.0):
         super().__init__()
@@ -238,9 +235,9 @@ class RotaryBlock(nn.Module):
         self.drop_path = drop_path
 
     def forward(self, x, rope, context=None, context_rope=None):  # [B, T, D]
-        def attention(x, cos, sin, context=None, *context_rope):
-            return self.attn(self.norm1(x), (cos, sin), context, context_rope)
-        inputs = rope if context is None else (*rope, context, *context_rope)
+        def attention(x, *inputs):
+            return self.attn(self.norm1(x), *inputs)
+        inputs = [rope] if context is None else [rope, context, context_rope]
         x = self.add_branch(x, attention, *inputs)
         return self.add_branch(x, lambda x: self.mlp(self.norm2(x)))
 
@@ -345,10 +342,7 @@ class CAPI(nn.Module):
         num_masked = int(mask_ratio * self.num_patches)  # M, rounded down
         self.num_visible = self.num_patches - num_masked  # V
         self.num_predict = max(1, int(predict_share * num_masked))  # Q, rounded down
-        if not 0 < num_masked < self.num_patches:
-            raise BadInput(f"--mask-ratio {mask_ratio} leaves {self.num_visible} of "
-                           f"{self.num_patches} patches visible; at least one must be visible and "
-                           "one masked")
+        check_visible(f"--mask-ratio {mask_ratio}", self.num_visible, self.num_patches)
         self.student = Backbone(patch_size, in_chans, dim, depth, heads, decoder_depth, registers,
                                 init, drop_path, recompute)
         self.student_head = StudentHead(dim, clusters)
@@ -358,8 +352,7 @@ class CAPI(nn.Module):
             block.drop_path = 0.0
         self.cluster_head = ClusterHead(dim, clusters)
 
-    def draw_mask(self, noise):
-        """noise [B, 3 + N], uniform -> is_masked [B, N], and is_predicted [B, N], some of them."""
+    def draw_mask(self, noise):  # uniform [B, 3 + N] -> is_masked [B, N], is_predicted [B, N]
         is_masked = inverse_block(noise[:, :3], self.grid, self.num_visible)
         ids = random_places(noise[:, 3:], is_masked, self.num_predict)
         return is_masked, torch.zeros_like(is_masked).scatter_(1, ids, True)
@@ -367,9 +360,9 @@ class CAPI(nn.Module):
     def forward(self, images, is_masked=None, is_predicted=None, num_visible=None,
                 num_predict=None):
         """images [B, C, H, W], normalised per channel by the data set's mean and standard
-        deviation; is_masked [B, N], and is_predicted [B, N], a subset of it; both are drawn if
-        None; num_visible, num_predict: how many patches per image, by default the model's. Returns
-        loss, logs. Does not move the teacher: call `update_teacher`."""
+        deviation; is_masked [B, N] and is_predicted [B, N], a subset of it, drawn if None;
+        num_visible, num_predict: how many patches per image, by default the model's -> loss, logs.
+        Does not move the teacher: call `update_teacher`."""
         if is_masked is None:
             noise = torch.rand(len(images), 3 + self.num_patches, device=images.device)
             is_masked, is_predicted = self.draw_mask(noise)
@@ -393,9 +386,8 @@ class CAPI(nn.Module):
 
     def cluster(self, features):
         """Teacher features [B, N, D] -> assignments [B, N, K], the clustering loss, the
-        assignments' mean entropy and the share of clusters that are the first choice of a patch.
-        Positions are independent. They are processed in chunks, whose logits are computed again in
-        the backward pass."""
+        assignments' mean entropy and the share of clusters that are some patch's first choice.
+        Positions come in chunks, whose logits are computed again in the backward pass."""
         def loss_of(x, assignments):
             return cross_entropy(self.cluster_head(x), assignments) * x.shape[1]  # over positions
         B, N, _ = features.shape
@@ -416,37 +408,32 @@ class CAPI(nn.Module):
                 loss = loss + recomputed(loss_of, x, parts[-1], use_reentrant=False)
         return torch.cat(parts, 1), loss / N, entropy, used.mean()
 
-    def update_teacher(self, momentum):
-        """teacher <- momentum * teacher + (1 - momentum) * student; heads are not part of it."""
+    def update_teacher(self, momentum):  # <- momentum * teacher + (1 - momentum) * student
         update_ema(self.teacher, self.student, momentum)
 
     def encode(self, images):
-        """images, normalised as for `forward`, of any size divisible by the patch size -> pooled
-        [B, D], patches [B, N, D]. The teacher sees all patches; patches are after its final norm.
-        pooled, the paper's feature, is the mean of the normed outputs of the FIRST predictor block,
-        with a mask token at every place."""
+        """images, normalised as for `forward`, of any size that p divides -> pooled [B, D], the
+        paper's feature: the mean of the normed outputs of the FIRST predictor block, with a mask
+        token at every place; the teacher's patches [B, N, D] after its final norm, none masked."""
         places = patch_coordinates(patch_grid(images.shape[2:], self.patch_size), images.device)
         context, rope = self.teacher(patchify(images, self.patch_size), places)
         pooled = self.teacher.predict(places, context, rope, depth=1).mean(1)
         return pooled, context[:, -places.shape[1]:]
 
     def pictures(self, images, to_rgb):
-        """{file name: {title: images [n, 3, H, W] in 0..1}}; to_rgb undoes the normalisation."""
-        size = images.shape[2:]
-        patches = self.encode(images)[1]
+        size = tuple(images.shape[2:])
         larger = self.encode(bicubic(images, [2 * side for side in size]))[1]
-        ids = self.cluster_head(patches).argmax(-1).unflatten(1, self.grid).cpu()  # [n, gh, gw]
-        colours = draw((self.clusters, 3), "cpu", "colours")[ids].permute(0, 3, 1, 2)
+        ids = self.cluster_head(self.encode(images)[1]).argmax(-1)  # [n, N]
+        colours = draw((self.clusters, 3), "cpu", "colours")[ids.cpu()]  # one per cluster
+        colours = colours.unflatten(1, self.grid).permute(0, 3, 1, 2)
         return {"features.png": {
-            "input": to_rgb(images), "PCA of patches": pca_colours(patches, self.grid, size),
             "PCA at 2 x size": pca_colours(larger, [2 * n for n in self.grid], size),
             "clusters": F.interpolate(colours, size)}}
 
     @classmethod
     def from_released(cls, state_dict, **sizes):
         """A model with the authors' weights: student and teacher, or the one backbone that was
-        released, which becomes both. `sizes` go to the constructor, whose defaults are the paper's
-        ViT-L/14."""
+        released, which becomes both. `sizes` go to the constructor (default: ViT-L/14)."""
         model = cls(**sizes)
         state = {}
         for name, t in state_dict.get("model", state_dict).items():
@@ -483,10 +470,9 @@ RENAMED = [  # from the authors' parameter names to ours
 # ---- Training
 
 def build(cfg):
-    return CAPI(**encoder_sizes(cfg), decoder_depth=cfg.predictor_depth, registers=cfg.registers,
-                clusters=cfg.clusters or min(16384, cfg.batch_size), mask_ratio=cfg.mask_ratio,
-                predict_share=cfg.predict_share, drop_path=cfg.drop_path, recompute=cfg.recompute,
-                init=cfg.init)
+    clusters = cfg.clusters or min(16384, cfg.batch_size)
+    own = dict(clusters=clusters, decoder_depth=cfg.predictor_depth)
+    return CAPI(**arguments(CAPI, cfg) | own)
 
 
 def student_groups(model, weight_decay):
@@ -517,11 +503,10 @@ def train(cfg):
     model = build(cfg).to(run.device)
     train_set, val_set = load_data(cfg, run)
     plan = Plan(cfg, len(train_set))
-    fused = run.device.type != "mps"
     groups = student_groups(model, cfg.weight_decay)
-    optimizer = torch.optim.AdamW(groups, betas=cfg.betas, fused=fused)
+    optimizer = torch.optim.AdamW(groups, betas=cfg.betas, fused=True)
     groups = [{"params": list(model.cluster_head.parameters()), "scale": cfg.cluster_lr}]
-    cluster_optimizer = torch.optim.AdamW(groups, betas=cfg.betas, weight_decay=0.01, fused=fused)
+    cluster_optimizer = torch.optim.AdamW(groups, betas=cfg.betas, weight_decay=0.01, fused=True)
     scaler = torch.amp.GradScaler(run.device.type, enabled=run.amp is torch.float16)
     checkpoint = Checkpoint(cfg, run, plan, model=model, optimizer=optimizer,
                             cluster_optimizer=cluster_optimizer, scaler=scaler)

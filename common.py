@@ -11,6 +11,7 @@ import ctypes
 import dataclasses
 import datetime
 import functools
+import inspect
 import json
 import math
 import os
@@ -204,14 +205,21 @@ def load_released(model, state, optional=()):
     return model
 
 
-def encoder_sizes(cfg):
-    """The arguments that all model classes have."""
+def arguments(Model, cfg):
+    """The constructor's arguments: the flags of the same names, and the sizes of --model."""
+    names = inspect.signature(Model).parameters.keys() & vars(cfg).keys()
     dim, depth, heads = MODELS[cfg.model]
-    return dict(img_size=cfg.img_size, patch_size=cfg.patch_size, in_chans=cfg.in_chans, dim=dim,
-                depth=depth, heads=heads)
+    return {name: getattr(cfg, name) for name in names} | dict(dim=dim, depth=depth, heads=heads)
 
 
 # ---- 2. Masking. A mask is bool [B, N], True = masked; all rows have the same number of True.
+
+def check_visible(flag, num_visible, num_patches, least=1):
+    """Reject a flag that leaves too few visible or masked patches."""
+    if not least <= num_visible <= num_patches - least:
+        raise BadInput(f"{flag} leaves {num_visible} of {num_patches} patches visible; at least "
+                       f"{least} must be visible and {least} masked")
+
 
 def random_mask(noise, num_masked):
     """noise [B, N], uniform -> is_masked [B, N] with num_masked True in each row."""
@@ -1066,9 +1074,9 @@ def warmup_cosine(step, total, warmup, peak, first, last):
     return cosine(step - warmup, total - warmup, peak, last)
 
 
-def param_groups(model, weight_decay, no_decay):
-    """Two groups for AdamW: with weight decay, and without it if no_decay(name, p)."""
-    groups = [{"params": [], "weight_decay": weight_decay}, {"params": [], "weight_decay": 0.0}]
+def param_groups(model, cfg, no_decay):
+    """Two groups for AdamW: with --weight-decay, and without it if no_decay(name, p)."""
+    groups = [{"params": [], "weight_decay": decay} for decay in (cfg.weight_decay, 0.0)]
     for name, p in model.named_parameters():
         if p.requires_grad:
             groups[1 if no_decay(name, p) else 0]["params"].append(p)
@@ -1461,7 +1469,6 @@ class Look:
         self.queries = shown, evenly(queries, 2048)
         self.images, _ = next(eval_batches(cfg, run, shown, torch.arange(min(8, len(shown)))))
 
-    @torch.no_grad()
     def __call__(self, step):
         self.model.eval()
         scores = self.scores(self.model.encode)
@@ -1469,9 +1476,7 @@ class Look:
             raw = self.scores(raw_pixels)
             scores |= {"raw_" + name: v for name, v in raw.items() if name.startswith("knn_")}
         if self.run.is_main:
-            to_rgb = functools.partial(denormalise, cfg=self.cfg)
-            for name, columns in self.model.pictures(self.images, to_rgb).items():
-                save_picture(Path(self.cfg.out, name), columns)
+            save_pictures(self.model, self.images, self.cfg, self.cfg.out)
         self.model.train()
         return scores
 
@@ -1512,6 +1517,33 @@ def pca_colours(patches, grid, size):
     colours = ((colours - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
     colours = colours.unflatten(0, (len(patches), *grid)).permute(0, 3, 1, 2)
     return F.interpolate(colours, tuple(size))
+
+
+def reconstruction(images, pred, is_masked, p, to_rgb):
+    """The columns of a picture. pred [n, N, P]: predicted patches, normalised as `images` are."""
+    patches = patchify(images, p)
+    masked = is_masked[..., None]
+    columns = {"input": patches, "masked": patches.masked_fill(masked, 0), "predicted": pred,
+               "pasted": torch.where(masked, pred, patches)}
+    grid = patch_grid(images.shape[2:], p)
+    return {title: to_rgb(unpatchify(x, p, grid)) for title, x in columns.items()}
+
+
+@torch.no_grad()
+def save_pictures(model, images, cfg, folder, prefix=""):
+    """Draw the model's features of these images, and its own pictures, which need the grid of
+    training: {file name: {title: images [n, 3 or 1, H, W] in 0..1}} -> the names of the files."""
+    to_rgb = functools.partial(denormalise, cfg=cfg)
+    size = images.shape[2:]
+    grid = patch_grid(size, model.patch_size)
+    colours = pca_colours(model.encode(images)[1], grid, size)
+    pictures = {"features.png": {"input": to_rgb(images), "PCA of patches": colours}}
+    if grid == tuple(model.grid):
+        for name, columns in model.pictures(images, to_rgb).items():
+            pictures[name] = pictures.get(name, {}) | columns
+    for name, columns in pictures.items():
+        save_picture(Path(folder, prefix + name), columns)
+    return [prefix + name for name in pictures]
 
 
 def save_picture(path, columns):

@@ -44,10 +44,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from common import (FORMATS, MODELS, BadInput, Folder, Pixels, centre_box, check_ranges,
-                    denormalise, eval_batches, evenly, every_tenth, features_of, find_images, flag,
-                    knn, load_data, main, normalise, one_line, pair, patch_grid, patchify,
-                    pca_colours, raw_pixels, read_checkpoint, read_crop, save_picture, start,
-                    train_batches, vote, warmup_cosine, whole_file, writing)
+                    eval_batches, evenly, every_tenth, features_of, find_images, flag, knn,
+                    load_data, main, one_line, pair, patch_grid, patchify, raw_pixels,
+                    read_checkpoint, read_crop, save_pictures, start, train_batches, vote,
+                    warmup_cosine, whole_file, writing)
 
 PROBES = {  # probe: the features that it needs, and how many images it uses at most
     "knn": ("pooled", None), "linear": ("pooled", None), "attentive": ("patches", 4096),
@@ -79,8 +79,8 @@ class Config:
     drop_path: float = flag(0.1, "finetune: drop path of the last block, rising from 0", 0, 0.9)
     masks: tuple[str, ...] = flag((), "folders of the masks (.png) for train/ and val/")
     ignore: int = flag(255, "label in the masks to leave out")
-    picture: bool = flag(False, "draw PCA colours of the patches, and the method's pictures")
-    images: tuple[str, ...] = flag((), "image files to draw; default: 8 of the test set")
+    picture: bool = flag(False, "draw 8 test images: PCA colours of the patches, and the method's "
+                         "pictures")
     export: str = flag("", "write the encoder to this .pt or .safetensors file")
     data: str = flag("", "as in training; default: the run's")
     data_root: str = flag("", "as in training; default: the run's")
@@ -429,30 +429,13 @@ def finetune(model, train_set, test_set, cfg, trained, run):
 
 # -- files
 
-@torch.no_grad()
-def draw_pictures(model, cfg, trained, run, data, folder):
-    """Write PNG files to `folder`: of --images, or of the first 8 images of `data`."""
-    size = pair(trained.img_size)
-    given = []
-    for name in cfg.images:
-        with reading(f"--images {name}"):
-            box_of = functools.partial(centre_box, size=size, margin=1.0)
-            given.append(read_crop(name, trained.in_chans, size, box_of))
-    if given:
-        images = normalise(torch.stack(given).float().to(run.device), trained)
-    else:
-        images, _ = next(eval_batches(trained, run, data, torch.arange(min(8, len(data)))))
-    _, patches = encoder_of(model, cfg)(images)
-    check_finite(patches)
-    grid = patch_grid(size, model.patch_size)
-    to_rgb = functools.partial(denormalise, cfg=trained)
-    colours = pca_colours(patches, grid, size)
-    pictures = {"pca.png": {"input": to_rgb(images), "features": colours}}
-    if grid == tuple(model.grid):  # a decoder has positions for its own grid only
-        pictures |= model.pictures(images, to_rgb)
-    for name, columns in pictures.items():
-        save_picture(folder / f"eval_{name}", columns)
-    run.say(f"wrote {' '.join(f'eval_{name}' for name in pictures)}")
+def draw_pictures(model, trained, run, data, folder):
+    """Write PNG files of the first 8 images of `data` to `folder`."""
+    images, _ = next(eval_batches(trained, run, data, torch.arange(min(8, len(data)))))
+    with torch.no_grad():
+        check_finite(model.encode(images)[1])
+    names = save_pictures(model, images, trained, folder, prefix="eval_")
+    run.say(f"wrote {' '.join(names)}")
 
 
 def timm_state(model):
@@ -557,7 +540,7 @@ def evaluate(cfg):
     models = {"trained": model.to(run.device), "untrained": untrained.to(run.device)}
     alone = replace(run, rank=0, world=1, local_world=1)
     if cfg.picture and run.is_main:
-        draw_pictures(model, cfg, trained, alone, test_set or train_set, path.parent)
+        draw_pictures(model, trained, alone, test_set or train_set, path.parent)
 
     encoders = {row: encoder_of(models[row], cfg) for row in cfg.rows if row != "raw"}
     if "raw" in cfg.rows:

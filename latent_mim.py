@@ -17,9 +17,8 @@ the similarity of an image's tokens on a schedule.
        + 0.1 (s(pred) - s*)^2 + 0.1 (s(visible) - s*)^2                similarity
        where s* falls from 0.75 to 0.25
   Positions are fixed sin-cos functions of a patch's cell, in encoder and decoder.
-  An image's feature is the mean of the student's patch tokens before the final norm (`encode`, on
-  images without gaps). In the log, s_target near 1 means collapse: the teacher gives all patches of
-  an image the same target.
+  An image's feature is the mean of the student's patch tokens before the final norm (`encode`).
+  s_target near 1 in the log means collapse: all patches of an image have the same target.
   Letters: B images, N patches of P = p * p * C numbers, V visible, M masked; width D, decoder E.
 
   python latent_mim.py                                                     the demo
@@ -31,8 +30,8 @@ the similarity of an image's tokens on a schedule.
       --clip-grad 0                                      the paper's recipe; we have not run it
 
 Differs from the authors' program:
-- s is averaged over the images of all processes, so that two processes equal one; theirs over each
-  process alone. As in theirs, s is one micro-batch's: `--accum` changes the loss a little.
+- s is averaged over the images of all processes; theirs over each process alone. As in theirs, s is
+  one micro-batch's: `--accum` changes the loss a little.
 - `--visible-share` replaces their count of visible patches, so that small grids work.
 - Gradients are clipped to norm 1; `--clip-grad 0` disables this, as in the paper.
 - A batch may span two epochs; theirs drops the last incomplete batch of an epoch.
@@ -50,11 +49,11 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import (Attention, BadInput, Block, Checkpoint, Look, Meter, Mlp, PatchEmbed, Plan,
-                    TrainConfig, attend, clip_gradients, cosine, draw, encoder_sizes, flag, gather,
+from common import (Attention, Block, Checkpoint, Look, Meter, Mlp, PatchEmbed, Plan, TrainConfig,
+                    arguments, attend, check_visible, clip_gradients, cosine, draw, flag, gather,
                     load_data, load_released, main, param_groups, patch_grid, patchify,
-                    pca_colours, random_mask, resize_positions, sincos_2d, split_ids, spread,
-                    start, train_batches, update_ema, warmup_cosine, xavier_init)
+                    random_mask, resize_positions, sincos_2d, split_ids, spread, start,
+                    train_batches, update_ema, warmup_cosine, xavier_init)
 
 norm = partial(nn.LayerNorm, eps=1e-6)  # of encoder and decoder; the projector's have 1e-5
 
@@ -69,14 +68,13 @@ class Config(TrainConfig):
     decoder_dim: int = flag(64, "width of the decoder; the paper's is 512", 1)
     decoder_depth: int = flag(2, "blocks of the decoder; the paper's is 3", 1)
     decoder_heads: int = flag(2, "heads of the decoder; the paper's is 16", 1)
-    loss: str = flag("patch", "patch discrimination; or l2, squared distance to normalised targets "
-                     "(the authors' norm_l2)", choices=["patch", "l2"])
+    loss: str = flag("patch", "patch: patch discrimination; l2: the authors' norm_l2",
+                     choices=["patch", "l2"])
     tau: float = flag(0.2, "temperature of the patch discrimination", 0.01, 100)
     sim_coeff: float = flag(0.1, "weight of the two similarity terms", 0, 1e6)
     sim_target: tuple[float, ...] = flag((0.75, 0.25), "first and last similarity s* that the loss "
-                                         "aims at; cosine schedule", -1, 1)
-    ema: tuple[float, ...] = flag((0.99, 1.0), "first and last momentum of the teacher; cosine "
-                                  "schedule", 0, 1)
+                                         "aims at", -1, 1)
+    ema: tuple[float, ...] = flag((0.99, 1.0), "first and last momentum of the teacher", 0, 1)
     epochs: int = 6
     base_lr: float = 6e-3  # per 256 images; the paper's 1.5e-4 is for ViT-B, 800 epochs
     out: str = "runs/latent_mim"
@@ -86,8 +84,8 @@ class Config(TrainConfig):
 # ---- What the paper adds: patches with gaps, cross-attention, the losses
 
 def cell_crops(images, grid, p, offsets):
-    """Cut a p x p patch out of each cell: images [B, C, gh * (p + g), gw * (p + g)], offsets
-    [B, N, 2] in 0..g-1 -> [B, N, P]."""
+    """images [B, C, gh * (p + g), gw * (p + g)], offsets [B, N, 2] in 0..g-1 -> a p x p crop of
+    each cell [B, N, P]."""
     chans = images.shape[1]
     cell = images.shape[2] // grid[0]
     cells = patchify(images, cell)  # [B, N, cell * cell * C]
@@ -134,8 +132,8 @@ class CrossBlock(nn.Module):  # queries attend to each other, then to the contex
 
 def patch_discrimination(pred, target, tau):
     """Cross-entropy over the targets of the SAME image: pred, target [B, M, D] -> scalar. The
-    predictions are first normalised over the image's patches, which removes their mean. The factor
-    2 tau is the authors'."""
+    predictions are first standardised over the image's patches. The factor 2 tau is the
+    authors'."""
     pred = (pred - pred.mean(1, keepdim=True)) / (pred.std(1, keepdim=True) + 1e-4)
     logits = F.normalize(pred, dim=-1) @ F.normalize(target, dim=-1).mT / tau  # [B, M, M]
     return -2 * tau * logits.log_softmax(-1).diagonal(dim1=1, dim2=2).mean()
@@ -153,8 +151,8 @@ def similarity(tokens):
 
 
 def over_ranks(value):
-    """A mean over this process's images -> the mean over all processes, with this one's gradient.
-    s enters the loss squared, so the mean of the ranks' losses is not the loss of the batch."""
+    """A mean over this rank's images -> the mean over all ranks, with this rank's gradient. s
+    enters the loss squared, so the mean of the ranks' losses is not the loss of the batch."""
     if not dist.is_initialized():
         return value
     total = value.detach().clone()
@@ -175,8 +173,8 @@ class Projector(nn.Sequential):
 
 
 def positions(grid, dim):
-    """Sin-cos positions [1, 1 + N, dim]. As in the authors' program the n coordinates of an axis
-    are evenly spaced from 0 to n, not to n - 1. CLS is zero."""
+    """Sin-cos positions [1, 1 + N, dim]; zero for CLS. As in the authors' program the n coordinates
+    of an axis go evenly from 0 to n, not to n - 1."""
     rows, cols = (torch.linspace(0, 1, n) * n for n in grid)
     return F.pad(sincos_2d(dim, rows, cols), (0, 0, 1, 0))
 
@@ -247,9 +245,7 @@ class LatentMIM(nn.Module):
         self.objective = loss
         self.num_patches = self.grid[0] * self.grid[1]  # N
         self.num_visible = num_visible  # V
-        if not 2 <= num_visible <= self.num_patches - 2:
-            raise BadInput(f"--visible-share leaves {num_visible} of {self.num_patches} patches "
-                           "visible; at least two must be visible and two masked")
+        check_visible("--visible-share", num_visible, self.num_patches, least=2)
         self.encoder = Encoder(self.grid, patch_size, in_chans, dim, depth, heads, proj_dim)
         self.decoder = Decoder(self.grid, dim, decoder_dim, decoder_depth, decoder_heads)
         xavier_init(self)
@@ -258,19 +254,17 @@ class LatentMIM(nn.Module):
         nn.init.normal_(self.decoder.cls_token, std=0.02)
         self.teacher = copy.deepcopy(self.encoder).requires_grad_(False)
 
-    def draw_mask(self, noise):
-        """noise [B, N], uniform -> is_masked [B, N]: the N - V patches with the least noise."""
+    def draw_mask(self, noise):  # uniform [B, N] -> is_masked [B, N], M = N - V of them True
         return random_mask(noise, self.num_patches - self.num_visible)
 
-    def draw_offsets(self, noise):
-        """noise [B, N, 2], uniform -> row and column of each patch in its cell, 0..g-1."""
+    def draw_offsets(self, noise):  # uniform [B, N, 2] -> a patch's place in its cell, 0..g-1
         return (noise * self.gap).long()
 
     def forward(self, images, is_masked=None, num_visible=None, offsets=None, sim_target=0.25):
         """images [B, C, gh * (p + g), gw * (p + g)], normalised per channel by the data set's mean
         and standard deviation; is_masked [B, N] and offsets [B, N, 2], drawn if None; num_visible:
-        visible patches per image, by default the model's; sim_target: s*. Returns loss, logs. Does
-        not move the teacher: call `update_teacher`."""
+        visible patches per image, by default the model's; sim_target: s* -> loss, logs. Does not
+        move the teacher: call `update_teacher`."""
         B, N = len(images), self.num_patches
         if is_masked is None:
             is_masked = self.draw_mask(torch.rand(B, N, device=images.device))
@@ -297,28 +291,24 @@ class LatentMIM(nn.Module):
                     "target_std": spread(target)}
         return loss, logs
 
-    def update_teacher(self, momentum):
-        """teacher <- momentum * teacher + (1 - momentum) * encoder."""
+    def update_teacher(self, momentum):  # <- momentum * teacher + (1 - momentum) * encoder
         update_ema(self.teacher, self.encoder, momentum)
 
     def encode(self, images):
-        """images without gaps, normalised as for `forward`, of any size divisible by the patch size
-        -> pooled [B, D] and patches [B, N, D], both BEFORE the final norm. The student sees all
-        patches. pooled, the paper's feature, is their mean."""
+        """images WITHOUT gaps, normalised as for `forward`, of any size that p divides -> pooled
+        [B, D], the paper's feature: the mean of the patches; patches [B, N, D]. Both are the
+        student's BEFORE the final norm; none is masked."""
         grid = patch_grid(images.shape[2:], self.patch_size)
         pos = resize_positions(self.encoder.pos_embed, self.grid, grid)[:, 1:]
         patches = self.encoder.tokens(patchify(images, self.patch_size), pos)[:, 1:]
         return patches.mean(1), patches
 
     def pictures(self, images, to_rgb):
-        """{file name: {title: images [n, 3, H, W] in 0..1}}; to_rgb undoes the normalisation."""
-        colours = pca_colours(self.encode(images)[1], self.grid, images.shape[2:])
-        return {"features.png": {"input": to_rgb(images), "PCA of patches": colours}}
+        return {}  # none of its own
 
     @classmethod
     def from_released(cls, state_dict, **sizes):
-        """A model with the authors' weights. `sizes` go to the constructor, whose defaults are the
-        paper's ViT-B."""
+        """A model with the authors' weights. `sizes` go to the constructor (default: ViT-B)."""
         model = cls(**sizes)
         state = {}
         for name, t in state_dict.get("state_dict", state_dict).items():
@@ -342,10 +332,7 @@ def build(cfg):
     rows, columns = patch_grid(cfg.img_size, cfg.patch_size)
     num_visible = max(2, round(cfg.visible_share * rows * columns))  # V, rounded to nearest
     gap = cfg.patch_size // 4 if cfg.gap is None else cfg.gap
-    return LatentMIM(**encoder_sizes(cfg), decoder_dim=cfg.decoder_dim,
-                     decoder_depth=cfg.decoder_depth, decoder_heads=cfg.decoder_heads,
-                     num_visible=num_visible, proj_dim=cfg.proj_dim, gap=gap, tau=cfg.tau,
-                     sim_coeff=cfg.sim_coeff, loss=cfg.loss)
+    return LatentMIM(**arguments(LatentMIM, cfg) | dict(num_visible=num_visible, gap=gap))
 
 
 def no_decay(name, p):
@@ -360,8 +347,7 @@ def train(cfg):
     model = build(cfg).to(run.device)
     train_set, val_set = load_data(cfg, run)
     plan = Plan(cfg, len(train_set))
-    optimizer = torch.optim.AdamW(param_groups(model, cfg.weight_decay, no_decay), betas=cfg.betas,
-                                  fused=run.device.type != "mps")
+    optimizer = torch.optim.AdamW(param_groups(model, cfg, no_decay), betas=cfg.betas, fused=True)
     scaler = torch.amp.GradScaler(run.device.type, enabled=run.amp is torch.float16)
     checkpoint = Checkpoint(cfg, run, plan, model=model, optimizer=optimizer, scaler=scaler)
     done = checkpoint.resume()  # steps, the same number on every rank
@@ -377,7 +363,7 @@ def train(cfg):
         lr = warmup_cosine(step - 1, plan.total, plan.warmup, plan.peak_lr,
                            first=0.25 * plan.peak_lr, last=0.25 * plan.peak_lr)
         momentum = cosine(step - 1, plan.total, *cfg.ema)
-        sim_target = cosine(step - 1, plan.total, *cfg.sim_target)
+        sim_target = cosine(step - 1, plan.total, *cfg.sim_target)  # s*
         for group in optimizer.param_groups:
             group["lr"] = lr
         if step > 1:  # before the targets are computed; in step 1 the teacher is a copy
@@ -385,9 +371,9 @@ def train(cfg):
         # As a float, s* would be compiled anew in each step.
         s_star = torch.full((), sim_target, device=run.device)
         # Noise for the global batch: masks do not depend on the number of processes.
-        shape = cfg.batch_size, model.num_patches
-        noise = draw(shape, run.device, "mask", cfg.seed, step)
-        offset_noise = draw((*shape, 2), run.device, "offsets", cfg.seed, step)
+        B, N = cfg.batch_size, model.num_patches
+        noise = draw((B, N), run.device, "mask", cfg.seed, step)
+        offset_noise = draw((B, N, 2), run.device, "offsets", cfg.seed, step)
 
         for micro in range(cfg.accum):
             with meter.waiting_for_data():

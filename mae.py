@@ -34,10 +34,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import (BadInput, Block, Checkpoint, Look, Meter, PatchEmbed, Plan, TrainConfig,
-                    clip_gradients, draw, encoder_sizes, flag, gather, load_data, load_released,
-                    main, param_groups, patch_grid, patchify, random_mask, resize_positions,
-                    sincos_2d, split_ids, spread, start, train_batches, unpatchify, unshuffle,
+from common import (Block, Checkpoint, Look, Meter, PatchEmbed, Plan, TrainConfig, arguments,
+                    check_visible, clip_gradients, draw, flag, gather, load_data, load_released,
+                    main, param_groups, patch_grid, patchify, random_mask, reconstruction,
+                    resize_positions, sincos_2d, split_ids, spread, start, train_batches, unshuffle,
                     warmup_cosine, xavier_init)
 
 norm = partial(nn.LayerNorm, eps=1e-6)  # of encoder and decoder
@@ -61,8 +61,7 @@ class Config(TrainConfig):
 # ---- Loss
 
 def normalise_patches(patches):
-    """Subtract each patch's mean and divide by its (unbiased) standard deviation. Also returns
-    both, which `reconstruct` needs to undo it."""
+    """Each patch minus its mean, over its unbiased standard deviation; and both, to undo it."""
     mean = patches.mean(-1, keepdim=True)
     std = (patches.var(-1, keepdim=True) + 1e-6).sqrt()
     return (patches - mean) / std, mean, std
@@ -88,10 +87,7 @@ class MAE(nn.Module):
         self.norm_pix = norm_pix
         self.num_patches = self.grid[0] * self.grid[1]  # N
         self.num_visible = int(self.num_patches * (1 - mask_ratio))  # V, rounded down
-        if not 0 < self.num_visible < self.num_patches:
-            raise BadInput(f"--mask-ratio {mask_ratio} leaves {self.num_visible} of "
-                           f"{self.num_patches} patches visible; at least one must be visible and "
-                           "one masked")
+        check_visible(f"--mask-ratio {mask_ratio}", self.num_visible, self.num_patches)
         rows, cols = (torch.arange(n) for n in self.grid)
 
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
@@ -114,22 +110,22 @@ class MAE(nn.Module):
         nn.init.normal_(self.cls_token, std=0.02)
         nn.init.normal_(self.mask_token, std=0.02)
 
-    def draw_mask(self, noise):
-        """noise [B, N], uniform -> is_masked [B, N]: the N - V patches with the least noise."""
+    def draw_mask(self, noise):  # uniform [B, N] -> is_masked [B, N], M = N - V of them True
         return random_mask(noise, self.num_patches - self.num_visible)
 
-    def encode_visible(self, patches, ids_visible):  # [B, N, P], [B, V] -> [B, 1 + V, D]
-        # The paper adds positions to all patches, then drops the masked ones. Embedding only the
-        # visible ones gives the same result and costs less.
-        pos = gather(self.pos_embed[:, 1:], ids_visible)
-        x = self.patch_embed(gather(patches, ids_visible)) + pos  # [B, V, D]
+    def encode_patches(self, patches, pos):  # [B, T, P], [B or 1, T, D] -> [B, 1 + T, D]
+        x = self.patch_embed(patches) + pos
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1)
         return self.norm(self.blocks(x))
 
+    def encode_visible(self, patches, ids_visible):  # [B, N, P], [B, V] -> [B, 1 + V, D]
+        # The paper drops the masked patches after embedding; this is the same and costs less.
+        pos = gather(self.pos_embed[:, 1:], ids_visible)
+        return self.encode_patches(gather(patches, ids_visible), pos)
+
     def decode(self, latent, ids_visible, ids_masked, first_query=0):
-        """latent [B, 1 + V, D] -> predictions [B, 1 + N - first_query, P] for CLS, the visible and
-        the masked patches, from token first_query on. The loss reads only the masked ones, so the
-        last block can skip the others."""
+        """latent [B, 1 + V, D] -> predictions [B, 1 + N - first_query, P] for CLS, visible and
+        masked patches. The last block skips the tokens before first_query, which no loss reads."""
         x = self.decoder_embed(latent)
         pos = self.decoder_pos_embed[:, 1:]
         visible = x[:, 1:] + gather(pos, ids_visible)
@@ -142,12 +138,11 @@ class MAE(nn.Module):
     def forward(self, images, is_masked=None, num_visible=None):
         """images [B, C, H, W], normalised per channel by the data set's mean and standard
         deviation; is_masked [B, N], drawn if None; num_visible: visible patches per image, by
-        default the model's. Returns loss, logs."""
-        if is_masked is None:
-            noise = torch.rand(len(images), self.num_patches, device=images.device)
-            is_masked = self.draw_mask(noise)
-        ids_visible, ids_masked = split_ids(is_masked, num_visible or self.num_visible)
+        default the model's -> loss, logs."""
         patches = patchify(images, self.patch_size)  # [B, N, P]
+        if is_masked is None:
+            is_masked = self.draw_mask(torch.rand_like(patches[:, :, 0]))
+        ids_visible, ids_masked = split_ids(is_masked, num_visible or self.num_visible)
         latent = self.encode_visible(patches, ids_visible)  # [B, 1 + V, D]
         first_masked = latent.shape[1]  # 1 + V
         pred = self.decode(latent, ids_visible, ids_masked, first_masked)  # [B, M, P]
@@ -155,25 +150,21 @@ class MAE(nn.Module):
         if self.norm_pix:
             target, _, _ = normalise_patches(target)
         loss = pixel_loss(pred, target)
-        # loss_of_mean is the loss if the mean of all targets is predicted everywhere.
+        # loss_of_mean is the loss of predicting the targets' mean everywhere.
         return loss, {"loss_of_mean": target.var(unbiased=False), "pred_std": spread(pred),
                       "target_std": spread(target)}
 
     def encode(self, images):
-        """images, normalised as for `forward`, of any size divisible by the patch size -> pooled
-        [B, D] and patches [B, N, D], both after the final norm. No patch is masked. pooled is CLS,
-        the paper's feature."""
+        """images, normalised as for `forward`, of any size that p divides -> pooled [B, D], the
+        paper's feature: CLS; patches [B, N, D]. Both are after the final norm; none is masked."""
         grid = patch_grid(images.shape[2:], self.patch_size)
-        pos = resize_positions(self.pos_embed, self.grid, grid)
-        x = self.patch_embed(patchify(images, self.patch_size)) + pos[:, 1:]
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1)
-        x = self.norm(self.blocks(x))
+        pos = resize_positions(self.pos_embed, self.grid, grid)[:, 1:]
+        x = self.encode_patches(patchify(images, self.patch_size), pos)
         return x[:, 0], x[:, 1:]
 
     def reconstruct(self, images, is_masked):
-        """The masked images, the prediction, and the images with the prediction in the masked
-        places; each [B, C, H, W], normalised as `images` are. With norm_pix a prediction lacks its
-        patch's mean and deviation; the true ones are put back."""
+        """The prediction for every patch [B, N, P], normalised as `images` are. With norm_pix it
+        lacks its patch's mean and deviation; the true ones are put back."""
         ids_visible, ids_masked = split_ids(is_masked, self.num_visible)
         patches = patchify(images, self.patch_size)
         latent = self.encode_visible(patches, ids_visible)
@@ -182,30 +173,22 @@ class MAE(nn.Module):
         if self.norm_pix:
             _, mean, std = normalise_patches(patches)
             pred = pred * std + mean
-        masked = is_masked[..., None]
-        views = [patches.masked_fill(masked, 0), pred, torch.where(masked, pred, patches)]
-        return [unpatchify(view, self.patch_size, self.grid) for view in views]
+        return pred
 
-    def pictures(self, images, to_rgb):
-        """{file name: {title: images [n, 3, H, W] in 0..1}}; to_rgb undoes the normalisation."""
+    def pictures(self, images, to_rgb):  # to_rgb undoes the normalisation
         is_masked = self.draw_mask(draw((len(images), self.num_patches), images.device, "picture"))
-        masked, pred, pasted = self.reconstruct(images, is_masked)
-        return {"reconstruction.png": {"input": to_rgb(images), "masked": to_rgb(masked),
-                                       "predicted": to_rgb(pred), "pasted": to_rgb(pasted)}}
+        pred = self.reconstruct(images, is_masked)
+        columns = reconstruction(images, pred, is_masked, self.patch_size, to_rgb)
+        return {"reconstruction.png": columns}
 
     @classmethod
     def from_released(cls, state_dict, **sizes):
-        """A model with the authors' weights, of the whole model or of the encoder only. Our
-        parameter names equal theirs. `sizes` go to the constructor, whose defaults are the paper's
-        ViT-B."""
-        state = dict(state_dict.get("model", state_dict))
-        for name in list(state):
-            if name.startswith("head."):
-                print(f"from_released: {name} is ignored")
-                del state[name]
-        if "norm.weight" not in state:  # a file fine-tuned on the mean of the patches, not on CLS
-            print("from_released: fc_norm takes the place of norm")
-            state = {name.replace("fc_norm.", "norm."): t for name, t in state.items()}
+        """A model with the authors' weights, whose parameter names are ours. `sizes` go to the
+        constructor; its defaults are the paper's ViT-B. Of a fine-tuned file the head is ignored,
+        and fc_norm, if it was trained on the mean of the patches, becomes the final norm."""
+        state = state_dict.get("model", state_dict).items()
+        state = {name.replace("fc_norm.", "norm."): t for name, t in state
+                 if not name.startswith("head.")}
         return load_released(cls(**sizes), state, optional=["decoder", "mask_token"])
 
 
@@ -215,8 +198,7 @@ Model = MAE
 # ---- Training
 
 def build(cfg):
-    return MAE(**encoder_sizes(cfg), decoder_dim=cfg.decoder_dim, decoder_depth=cfg.decoder_depth,
-               decoder_heads=cfg.decoder_heads, mask_ratio=cfg.mask_ratio, norm_pix=cfg.norm_pix)
+    return MAE(**arguments(MAE, cfg))  # flags of the same names
 
 
 def no_decay(name, p):
@@ -230,8 +212,7 @@ def train(cfg):
     model = build(cfg).to(run.device)
     train_set, val_set = load_data(cfg, run)
     plan = Plan(cfg, len(train_set))
-    optimizer = torch.optim.AdamW(param_groups(model, cfg.weight_decay, no_decay), betas=cfg.betas,
-                                  fused=run.device.type != "mps")
+    optimizer = torch.optim.AdamW(param_groups(model, cfg, no_decay), betas=cfg.betas, fused=True)
     scaler = torch.amp.GradScaler(run.device.type, enabled=run.amp is torch.float16)
     checkpoint = Checkpoint(cfg, run, plan, model=model, optimizer=optimizer, scaler=scaler)
     done = checkpoint.resume()  # steps, the same number on every rank

@@ -28,12 +28,10 @@ makes the second decoder predict the teacher's CLS, which describes the whole im
 
 Differs from the authors' program:
 - A prediction is compared with the target of the same patch, as in the paper's equation. Theirs
-  shuffles the teacher's patches and does not restore their order, so L_latent compares it with
-  another patch's target.
+  shuffles the teacher's patches and never restores their order, so L_latent pairs other patches.
 - The teacher starts as a copy of the encoder; theirs starts from random weights of its own.
 - Every image has its own mask; theirs draws the same masks on all GPUs.
-- The demo uses MAE's initialisation (`--init mae`), which learns more in so short a run; theirs is
-  PyTorch's (`--init torch`).
+- The demo has MAE's initialisation, which learns more in a short run; theirs is `--init torch`.
 - Gradients are clipped to norm 1; `--clip-grad 0` disables this, as in the paper.
 - A batch may span two epochs; theirs drops the last incomplete batch of an epoch.
 - Mixed precision is bf16; theirs is fp16 with a loss scaler, here `--amp fp16`.
@@ -48,10 +46,10 @@ import torch
 import torch.nn as nn
 
 from common import (BadInput, Block, Checkpoint, Look, Meter, PatchEmbed, Plan, TrainConfig,
-                    clip_gradients, cosine, draw, encoder_sizes, flag, gather, load_data,
-                    load_released, main, patch_grid, patchify, pca_colours, random_mask,
-                    resize_positions, sincos_2d, split_ids, spread, start, train_batches,
-                    unpatchify, unshuffle, update_ema, xavier_init)
+                    arguments, check_visible, clip_gradients, cosine, draw, flag, gather, load_data,
+                    load_released, main, patch_grid, patchify, random_mask, reconstruction,
+                    resize_positions, sincos_2d, split_ids, spread, start, train_batches, unshuffle,
+                    update_ema, xavier_init)
 
 norm = nn.LayerNorm  # eps 1e-5, PyTorch's default, in encoder and decoders
 
@@ -67,10 +65,9 @@ class Config(TrainConfig):
     decoder_dim: int = flag(64, "width of both decoders; the paper's is 384", 1)
     decoder_depth: int = flag(2, "blocks of each decoder; the paper's is 6", 1)
     decoder_heads: int = flag(2, "heads of both decoders; the paper's is 12", 1)
-    ema: tuple[float, ...] = flag((0.9, 1.0), "first and last momentum of the teacher; the paper's "
-                                  "is 0.996 1", 0, 1)
-    init: str = flag("mae", "initialisation: mae (Xavier, sin-cos positions) learns faster; torch "
-                     "(PyTorch's, random positions) is the authors'", choices=["mae", "torch"])
+    ema: tuple[float, ...] = flag((0.9, 1.0), "teacher's momentum; the paper's is 0.996 1", 0, 1)
+    init: str = flag("mae", "mae: Xavier, sin-cos positions; torch: the authors', random positions",
+                     choices=["mae", "torch"])
     batch_size: int = 64
     epochs: int = 5
     base_lr: float = 2e-2  # per 256 images; the paper's 1.5e-4 is for ViT-B, 800 epochs
@@ -81,16 +78,14 @@ class Config(TrainConfig):
 # ---- Loss
 
 def squared_error(pred, target):
-    """Mean squared error in float32, for all three losses. Pixel targets are not normalised per
-    patch."""
+    """In float32, for all three losses. Pixel targets are not normalised per patch."""
     return (pred.float() - target.float()).square().mean()
 
 
 # ---- Model
 
 class Encoder(nn.Module):
-    """A ViT without bias on q, k and v, with learned positions for patches and none for CLS. The
-    encoder and the teacher are two instances."""
+    """A ViT without bias on q, k, v. Positions are learned; CLS has none. Also the teacher."""
 
     def __init__(self, num_patches, patch_size, in_chans, dim, depth, heads):
         super().__init__()
@@ -108,8 +103,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Map the latent to an output for every place: pixels or latents. There is no norm before the
-    head."""
+    """From the latent to pixels or latents of every place. There is no norm before the head."""
 
     def __init__(self, num_patches, dim, width, depth, heads, out):
         super().__init__()
@@ -121,9 +115,8 @@ class Decoder(nn.Module):
         self.head = nn.Linear(width, out)
 
     def forward(self, latent, ids_visible, ids_masked, first_query=0):
-        """latent [B, 1 + V, D] -> [B, V + 1 + M - first_query, out] for the visible places, CLS and
-        the masked places, from token first_query on. The losses read only CLS and the masked
-        places, so the last block can skip the others."""
+        """latent [B, 1 + V, D] -> [B, V + 1 + M - first_query, out] for visible places, CLS, masked
+        places. The last block skips the tokens before first_query, which no loss reads."""
         x = self.embed(latent)
         pos = self.pos_embed[:, 1:]
         visible = x[:, 1:] + gather(pos, ids_visible)
@@ -145,10 +138,7 @@ class PiLaMIM(nn.Module):
         self.patch_size = patch_size  # p
         self.num_patches = self.grid[0] * self.grid[1]  # N
         self.num_visible = int(self.num_patches * (1 - mask_ratio))  # V, rounded down
-        if not 0 < self.num_visible < self.num_patches:
-            raise BadInput(f"--mask-ratio {mask_ratio} leaves {self.num_visible} of "
-                           f"{self.num_patches} patches visible; at least one must be visible and "
-                           "one masked")
+        check_visible(f"--mask-ratio {mask_ratio}", self.num_visible, self.num_patches)
         self.weights = {"pixel_loss": pixel_weight, "latent_loss": latent_weight,
                         "cls_loss": cls_weight}
         if not any(self.weights.values()):
@@ -169,81 +159,68 @@ class PiLaMIM(nn.Module):
                 part.pos_embed.data[:, -self.num_patches:] = table  # only a start: it is learned
         self.teacher = copy.deepcopy(self.encoder).requires_grad_(False)
 
-    def draw_mask(self, noise):
-        """noise [B, N], uniform -> is_masked [B, N]: the N - V patches with the least noise."""
+    def draw_mask(self, noise):  # uniform [B, N] -> is_masked [B, N], M = N - V of them True
         return random_mask(noise, self.num_patches - self.num_visible)
+
+    def encode_visible(self, patches, ids_visible):  # [B, N, P], [B, V] -> [B, 1 + V, D]
+        pos = gather(self.encoder.pos_embed, ids_visible)
+        return self.encoder(gather(patches, ids_visible), pos)
 
     def forward(self, images, is_masked=None, num_visible=None):
         """images [B, C, H, W], normalised per channel by the data set's mean and standard
         deviation; is_masked [B, N], drawn if None; num_visible: visible patches per image, by
-        default the model's. Returns loss, logs. Does not move the teacher: call
-        `update_teacher`."""
-        if is_masked is None:
-            noise = torch.rand(len(images), self.num_patches, device=images.device)
-            is_masked = self.draw_mask(noise)
-        ids_visible, ids_masked = split_ids(is_masked, num_visible or self.num_visible)
+        default the model's -> loss, logs. Does not move the teacher: call `update_teacher`."""
         patches = patchify(images, self.patch_size)  # [B, N, P]
-        visible = gather(patches, ids_visible)
-        latent = self.encoder(visible, gather(self.encoder.pos_embed, ids_visible))  # [B, 1 + V, D]
+        if is_masked is None:
+            is_masked = self.draw_mask(torch.rand_like(patches[:, :, 0]))
+        ids_visible, ids_masked = split_ids(is_masked, num_visible or self.num_visible)
+        latent = self.encode_visible(patches, ids_visible)  # [B, 1 + V, D]
         with torch.no_grad():
             target = self.teacher(patches, self.teacher.pos_embed)  # [B, 1 + N, D]
         # Both decoders return the masked places in the order of ids_masked, as the targets are.
-        first = ids_visible.shape[1]  # the losses do not read the visible places before CLS
-        pixels = self.decoder(latent, ids_visible, ids_masked, first)[:, 1:]  # [B, M, P]
-        latents = self.latent_decoder(latent, ids_visible, ids_masked, first)  # [B, 1 + M, D]
+        V = ids_visible.shape[1]  # the losses do not read the visible places, which come before CLS
+        pixels = self.decoder(latent, ids_visible, ids_masked, V)[:, 1:]  # [B, M, P]
+        latents = self.latent_decoder(latent, ids_visible, ids_masked, V)  # [B, 1 + M, D]
         target_pixels = gather(patches, ids_masked)
         target_latents = gather(target[:, 1:], ids_masked)  # [B, M, D]
         losses = {"pixel_loss": squared_error(pixels, target_pixels),  # L_pixel
                   "latent_loss": squared_error(latents[:, 1:], target_latents),  # L_latent
                   "cls_loss": squared_error(latents[:, 0], target[:, 0])}  # L_cls
         loss = sum(self.weights[name] * part for name, part in losses.items())
-        # loss_of_mean is pixel_loss if the mean is predicted everywhere. target_std is the spread
-        # of the teacher's latents; near 0 the teacher has collapsed.
+        # loss_of_mean is pixel_loss of the mean as prediction. target_std near 0 is a collapse.
         return loss, losses | {"loss_of_mean": target_pixels.var(unbiased=False),
                                "pred_std": spread(latents[:, 1:]),
                                "target_std": spread(target_latents)}
 
-    def update_teacher(self, momentum):
-        """teacher <- momentum * teacher + (1 - momentum) * encoder."""
+    def update_teacher(self, momentum):  # <- momentum * teacher + (1 - momentum) * encoder
         update_ema(self.teacher, self.encoder, momentum)
 
     def encode(self, images):
-        """images, normalised as for `forward`, of any size divisible by the patch size -> pooled
-        [B, D] and patches [B, N, D], both after the final norm. The encoder sees all patches.
-        pooled is CLS, the paper's feature."""
+        """images, normalised as for `forward`, of any size that p divides -> pooled [B, D], the
+        paper's feature: CLS; patches [B, N, D]. Both are after the final norm; none is masked."""
         grid = patch_grid(images.shape[2:], self.patch_size)
         pos = resize_positions(self.encoder.pos_embed, self.grid, grid)
         x = self.encoder(patchify(images, self.patch_size), pos)
         return x[:, 0], x[:, 1:]
 
     def reconstruct(self, images, is_masked):
-        """With the pixel decoder: the masked images, the prediction, and the images with the
-        prediction in the masked places; each [B, C, H, W], normalised as `images` are."""
+        """The pixel decoder's prediction for every patch [B, N, P], normalised as `images` are."""
         ids_visible, ids_masked = split_ids(is_masked, self.num_visible)
-        patches = patchify(images, self.patch_size)
-        visible = gather(patches, ids_visible)
-        latent = self.encoder(visible, gather(self.encoder.pos_embed, ids_visible))
+        latent = self.encode_visible(patchify(images, self.patch_size), ids_visible)
         pred = self.decoder(latent, ids_visible, ids_masked).float()
         V = self.num_visible
         pred = torch.cat([pred[:, :V], pred[:, V + 1:]], 1)  # without CLS
-        pred = unshuffle(pred, torch.cat([ids_visible, ids_masked], 1))  # [B, N, P]
-        masked = is_masked[..., None]
-        views = [patches.masked_fill(masked, 0), pred, torch.where(masked, pred, patches)]
-        return [unpatchify(view, self.patch_size, self.grid) for view in views]
+        return unshuffle(pred, torch.cat([ids_visible, ids_masked], 1))
 
-    def pictures(self, images, to_rgb):
-        """{file name: {title: images [n, 3, H, W] in 0..1}}; to_rgb undoes the normalisation."""
+    def pictures(self, images, to_rgb):  # to_rgb undoes the normalisation
         is_masked = self.draw_mask(draw((len(images), self.num_patches), images.device, "picture"))
-        masked, pred, pasted = self.reconstruct(images, is_masked)
-        colours = pca_colours(self.encode(images)[1], self.grid, images.shape[2:])
-        return {"reconstruction.png": {"input": to_rgb(images), "masked": to_rgb(masked),
-                                       "predicted": to_rgb(pred), "pasted": to_rgb(pasted)},
-                "features.png": {"input": to_rgb(images), "PCA of patches": colours}}
+        pred = self.reconstruct(images, is_masked)
+        columns = reconstruction(images, pred, is_masked, self.patch_size, to_rgb)
+        return {"reconstruction.png": columns}
 
     @classmethod
     def from_released(cls, state_dict, **sizes):
-        """A model with the authors' weights. `sizes` go to the constructor, whose defaults are the
-        paper's ViT-B."""
+        """A model with the authors' weights. `sizes` go to the constructor (default: ViT-B)."""
         model = cls(**sizes)
         state = {}
         for name, t in state_dict.get("model", state_dict).items():
@@ -269,16 +246,12 @@ RENAMED = [  # from the authors' parameter names to ours
 # ---- Training
 
 def build(cfg):
-    return PiLaMIM(**encoder_sizes(cfg), decoder_dim=cfg.decoder_dim,
-                   decoder_depth=cfg.decoder_depth, decoder_heads=cfg.decoder_heads,
-                   mask_ratio=cfg.mask_ratio, pixel_weight=cfg.pixel_weight,
-                   latent_weight=cfg.latent_weight, cls_weight=cfg.cls_weight, init=cfg.init)
+    return PiLaMIM(**arguments(PiLaMIM, cfg))  # flags of the same names
 
 
 def lr_factor(epoch, epochs, warmup_epochs):
-    """The learning rate as a fraction of its peak. It is constant within an epoch, as in the
-    authors' program: the minimum of a linear warm-up, (epoch + 1) / warmup_epochs, and of half a
-    cosine from 1 to 0 over all epochs."""
+    """The learning rate over its peak, constant within an epoch as in the authors' program: the
+    smaller one of a linear warm-up and of half a cosine from 1 to 0 over ALL epochs."""
     return min((epoch + 1) / (warmup_epochs + 1e-8), cosine(epoch, epochs, first=1.0, last=0.0))
 
 
@@ -288,12 +261,11 @@ def train(cfg):
     model = build(cfg).to(run.device)
     train_set, val_set = load_data(cfg, run)
     plan = Plan(cfg, len(train_set))
-    # Every parameter has weight decay, biases and norm gains too. The gain of the encoder's last
-    # norm sets the scale of the latent targets. Its decay lowers L_latent relative to L_pixel
-    # during training.
+    # Every parameter has weight decay, biases and norm gains too. The encoder's last gain sets the
+    # scale of the latent targets, so its decay lowers L_latent relative to L_pixel.
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, betas=cfg.betas, weight_decay=cfg.weight_decay,
-                                  fused=run.device.type != "mps")
+                                  fused=True)
     scaler = torch.amp.GradScaler(run.device.type, enabled=run.amp is torch.float16)
     checkpoint = Checkpoint(cfg, run, plan, model=model, optimizer=optimizer, scaler=scaler)
     done = checkpoint.resume()  # steps, the same number on every rank

@@ -33,15 +33,13 @@ of blocks.
 Differs from the authors' program:
 - Crops are resized with antialiasing; theirs (OpenCV) has none. This is the largest difference:
   HOG targets of 224-pixel photographs differ by 24 % in L2 norm (docs/differences.py).
-- dVAE: the tokenizer sees the training crop, resized to half its size; theirs sees the same box of
-  the photograph, resized separately to 112 pixels with Lanczos.
-- dVAE: brightness, contrast and saturation change in this order, after the crop, in floats; theirs
-  change before the crop, on uint8, in random order.
+- dVAE: the tokenizer sees the training crop at half its size; theirs sees the same box of the
+  photograph, resized separately to 112 pixels with Lanczos.
+- dVAE: colour jitter follows the crop, on floats, in the order brightness, contrast, saturation;
+  theirs precedes it, on uint8, in random order.
 - dVAE: drop path applies once to the MLP branch; theirs applies it twice by mistake.
 - A batch may span two epochs; theirs ends every epoch with an incomplete batch.
-- Queries, keys and values come from one matrix. Theirs has one for q and one for k and v; the
-  result is the same.
-- On a grid of 2 x 2 patches one patch stays visible; rounding up would leave none.
+- At least one patch stays visible: on a grid of 2 x 2, 80 % rounded up would leave none.
 - If 8 does not divide the patch side, a HOG cell is half the patch (if its side is even and above
   8) or all of it. The paper's patch of 16 is not affected.
 - Mixed precision is bf16; theirs is fp16 with a loss scaler, here `--amp fp16`.
@@ -58,9 +56,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from common import (Attention, BadInput, Checkpoint, Look, Meter, Mlp, PatchEmbed, Plan,
-                    TrainConfig, bicubic, clip_gradients, cosine, denormalise, draw, encoder_sizes,
-                    flag, gather, load_data, load_released, main, normalise, param_groups,
-                    patch_grid, patchify, pca_colours, per_channel, random_mask, read_checkpoint,
+                    TrainConfig, arguments, bicubic, check_visible, clip_gradients, cosine,
+                    denormalise, draw, flag, gather, load_data, load_released, main, normalise,
+                    param_groups, patch_grid, patchify, per_channel, random_mask, read_checkpoint,
                     resize_positions, seed_of, split_ids, spread, start, train_batches)
 
 norm = partial(nn.LayerNorm, eps=1e-6)  # everywhere, for both targets
@@ -85,10 +83,9 @@ class Config(TrainConfig):
     baseline: bool = flag(False, "MaskFeat or BEiT: mask tokens and visible patches in one stack")
     num_proxy: int | None = flag(None, "proxy tokens [hog 8, dvae 1, baseline 1]", 1)
     mask_ratio: float | None = flag(None, "masked share [hog 0.8, dvae 0.6, baseline 0.4]", 0, 1)
-    jitter: float | None = flag(None, "change of brightness, contrast and saturation [hog 0, "
-                                "dvae 0.4]", 0, 1)
-    drop_path: float | None = flag(None, "drop path rate of the last layer, rising linearly from 0 "
-                                   "in the first [hog 0, dvae 0.1]", 0, 0.9)
+    jitter: float | None = flag(None, "strength of the colour jitter [hog 0, dvae 0.4]", 0, 1)
+    drop_path: float | None = flag(None, "drop path rate of the last layer [hog 0, dvae 0.1]", 0,
+                                   0.9)
     first_lr: float | None = flag(None, "first learning rate as a fraction of the peak [hog 1e-6, "
                                   "dvae 1e-4]", 0, 1)
     last_lr: float | None = flag(None, "last learning rate, absolute [hog 1e-6, dvae 1e-5]", 0,
@@ -190,18 +187,16 @@ class Tokenizer:
 
     @torch.no_grad()
     def __call__(self, images, grid):
-        """images in 0..1 -> token ids [B, N], after a resize that makes a patch 8 x 8 pixels. To
-        be called without autocast: in bf16 55 % of the ids of photographs change (measured with
-        random weights, docs/differences.py)."""
+        """images in 0..1 -> token ids [B, N]. A patch is resized to 8 x 8 pixels. Call it without
+        autocast: bf16 changes 55 % of the ids (random weights, docs/differences.py)."""
         images = bicubic(images, [8 * n for n in grid]).clamp(0, 1)
         images = images.contiguous(memory_format=torch.channels_last)  # a tenth faster on a CPU
         return self.logits(0.1 + 0.8 * images).argmax(1).flatten(1)  # DALL-E's range of pixels
 
 
 def colour_jitter(images, noise, strength):
-    """Multiply brightness, then contrast, then saturation by factors in 1 +- strength: images [B,
-    3, H, W] in 0..1, noise [B, 3] uniform. torchvision's ColorJitter uses the same factors for a
-    whole batch."""
+    """images [B, 3, H, W] in 0..1, noise [B, 3] uniform: each image has its own factors in 1 +-
+    strength. torchvision's ColorJitter has one set for a whole batch."""
     factors = 1 + strength * (2 * noise - 1)
     brightness, contrast, saturation = factors[:, :, None, None, None].unbind(1)
 
@@ -288,13 +283,8 @@ class SemanticMIM(nn.Module):
         self.baseline = baseline
         self.num_patches = self.grid[0] * self.grid[1]  # N
         num_masked = math.ceil(mask_ratio * self.num_patches)  # M, rounded up
-        if self.num_patches == 4 and num_masked == 4 and mask_ratio < 1:
-            num_masked = 3  # one of 2 x 2 patches stays visible
-        self.num_visible = self.num_patches - num_masked  # V
-        if not 0 < self.num_visible < self.num_patches:
-            raise BadInput(f"--mask-ratio {mask_ratio} leaves {self.num_visible} of "
-                           f"{self.num_patches} patches visible; at least one must be visible and "
-                           "one masked")
+        self.num_visible = max(1, self.num_patches - num_masked)  # V; one stays visible
+        check_visible(f"--mask-ratio {mask_ratio}", self.num_visible, self.num_patches)
 
         self.cls_token = nn.Parameter(torch.zeros(1, num_proxy, dim))  # the proxies; their name
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
@@ -329,8 +319,7 @@ class SemanticMIM(nn.Module):
                 block.attn.proj.weight.data.div_((2 * layer) ** 0.5)
                 block.mlp.fc2.weight.data.div_((2 * layer) ** 0.5)
 
-    def draw_mask(self, noise):
-        """noise [B, N], uniform -> is_masked [B, N]: the M patches with the least noise."""
+    def draw_mask(self, noise):  # uniform [B, N] -> is_masked [B, N], M of them True
         return random_mask(noise, self.num_patches - self.num_visible)
 
     def with_proxies(self, x, pos):  # [B, T, D], [1, K + N, D] -> [B, K + T, D]
@@ -357,14 +346,14 @@ class SemanticMIM(nn.Module):
     def forward(self, images, is_masked=None, num_visible=None, tokens=None):
         """images [B, C, H, W], normalised per channel by the data set's mean and standard
         deviation; is_masked [B, N], drawn if None; num_visible: visible patches per image, by
-        default the model's; tokens [B, N]: ids for the target dvae. Returns loss, logs."""
+        default the model's; tokens [B, N]: the dVAE's ids, for the target dvae -> loss, logs."""
         if self.target == "dvae" and tokens is None:
             raise ValueError("the target dvae needs tokens [B, N], the ids of a Tokenizer")
+        patches = patchify(images, self.patch_size)  # [B, N, P]
         if is_masked is None:
-            noise = torch.rand(len(images), self.num_patches, device=images.device)
-            is_masked = self.draw_mask(noise)
+            is_masked = self.draw_mask(torch.rand_like(patches[:, :, 0]))
         ids_visible, ids_masked = split_ids(is_masked, num_visible or self.num_visible)
-        latents = self.mask_latents(patchify(images, self.patch_size), ids_visible, ids_masked)
+        latents = self.mask_latents(patches, ids_visible, ids_masked)
         pred = self.head(latents).float()  # [B, M, .]
         if self.target == "dvae":
             target = tokens.gather(1, ids_masked)  # [B, M]
@@ -373,7 +362,7 @@ class SemanticMIM(nn.Module):
             return loss, {"accuracy": accuracy, "pred_std": spread(pred)}
         target = gather(hog_target(images, self.patch_size), ids_masked)
         loss = (pred - target).square().mean()
-        # loss_of_mean is the loss if the mean of all targets is predicted everywhere.
+        # loss_of_mean is the loss of predicting the targets' mean everywhere.
         return loss, {"loss_of_mean": target.var(unbiased=False), "pred_std": spread(pred),
                       "target_std": spread(target)}
 
@@ -388,10 +377,9 @@ class SemanticMIM(nn.Module):
         return x
 
     def encode(self, images):
-        """images, normalised as for `forward`, of any size divisible by the patch size -> pooled
-        [B, D], patches [B, N, D]. The compression stack sees all patches; call `eval()` first, else
-        drop path applies. pooled, the paper's feature, is the mean patch token BEFORE the final
-        norm, then a LayerNorm without gain; patches are after the final norm."""
+        """images, normalised as for `forward`, of any size that p divides -> pooled [B, D], the
+        paper's feature: the mean patch token BEFORE the final norm, then a LayerNorm without gain;
+        patches [B, N, D] after the final norm. None is masked. Call `eval()` first."""
         x = self.run_blocks(images, self.blocks)[:, self.num_proxy:]
         return F.layer_norm(x.mean(1), x.shape[-1:], eps=1e-6), self.norm(x)
 
@@ -403,20 +391,14 @@ class SemanticMIM(nn.Module):
         return (q.float() @ k.float().mT / q.shape[-1] ** 0.5).softmax(-1).mean(1)
 
     def pictures(self, images, to_rgb):
-        """{file name: {title: images [n, 3 or 1, H, W] in 0..1}}; to_rgb undoes the
-        normalisation."""
         K = self.num_proxy
-        size = images.shape[2:]
         weights = self.attention(images)[:, :K, K:].mean(1)  # [n, N], the mean over proxies
         weights = (weights / weights.amax(1, keepdim=True)).unflatten(1, self.grid)[:, None]
-        return {"features.png": {
-            "input": to_rgb(images), "proxies attend to": F.interpolate(weights, size),
-            "PCA of patches": pca_colours(self.encode(images)[1], self.grid, size)}}
+        return {"features.png": {"proxies attend to": F.interpolate(weights, images.shape[2:])}}
 
     @classmethod
     def from_released(cls, state_dict, **sizes):
-        """A model with the authors' weights. `sizes` go to the constructor, whose defaults are the
-        paper's ViT-B with HOG."""
+        """A model with the authors' weights. `sizes` go to the constructor: default ViT-B, HOG."""
         state = {}
         for name, t in state_dict.get("state_dict", state_dict).items():
             if name.startswith("target_generator."):
@@ -445,9 +427,7 @@ RENAMED = [  # from the authors' parameter names to ours; the order matters
 # ---- Training
 
 def build(cfg):
-    return SemanticMIM(**encoder_sizes(cfg), num_proxy=cfg.num_proxy, target=cfg.target,
-                       vocab=cfg.vocab or 8192, mask_ratio=cfg.mask_ratio, drop_path=cfg.drop_path,
-                       baseline=cfg.baseline)
+    return SemanticMIM(**arguments(SemanticMIM, cfg) | dict(vocab=cfg.vocab or 8192))
 
 
 NO_DECAY = {"hog": ["mask_token"], "dvae": ["cls_token", "pos_embed"]}  # and all 1-D tensors
@@ -477,8 +457,7 @@ def train(cfg):
 
     def no_decay(name, p):
         return p.ndim <= 1 or name in NO_DECAY[cfg.target]
-    optimizer = torch.optim.AdamW(param_groups(model, cfg.weight_decay, no_decay), betas=cfg.betas,
-                                  fused=run.device.type != "mps")
+    optimizer = torch.optim.AdamW(param_groups(model, cfg, no_decay), betas=cfg.betas, fused=True)
     scaler = torch.amp.GradScaler(run.device.type, enabled=run.amp is torch.float16)
     checkpoint = Checkpoint(cfg, run, plan, model=model, optimizer=optimizer, scaler=scaler)
     done = checkpoint.resume()  # steps, the same number on every rank

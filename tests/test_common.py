@@ -68,6 +68,17 @@ def test_split_gather_and_unshuffle_by_loops():
     assert torch.equal(unshuffle(apart, torch.cat([ids_visible, ids_masked], 1)), x)
 
 
+def test_a_reconstruction_shows_masked_predicted_and_pasted():
+    images, is_masked = torch.rand(2, 3, 8, 12), common.random_mask(torch.rand(2, 6), 4)
+    pred, hidden = torch.rand(2, 6, 48), is_masked[..., None]
+    shown = common.reconstruction(images, pred, is_masked, 4, lambda images: images)
+    assert torch.equal(shown["input"], images)
+    patches = patchify(images, 4)
+    for title, expected in {"masked": patches.masked_fill(hidden, 0), "predicted": pred,
+                            "pasted": torch.where(hidden, pred, patches)}.items():
+        assert torch.equal(patchify(shown[title], 4), expected)
+
+
 # -- crops
 
 @pytest.mark.parametrize("height, width, size, chans", [

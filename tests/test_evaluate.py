@@ -140,9 +140,9 @@ def test_without_a_labelled_val_every_tenth_image_is_scored(tmp_path, run):
 def test_pictures_need_no_labels(tmp_path, run):
     path = checkpoint(tmp_path / "last.pt")
     write_images(tmp_path / "flat", 4)
-    for more in ([], ["--img-size", 48, "--images", tmp_path / "flat/001.png"]):
+    for more in ([], ["--img-size", 48]):
         assert run(path, "--data", tmp_path / "flat", "--picture", *more)[0] == 0
-    assert (tmp_path / "eval_pca.png").exists() and not (tmp_path / "last.eval.json").exists()
+    assert (tmp_path / "eval_features.png").exists() and not (tmp_path / "last.eval.json").exists()
 
 
 # -- a label per pixel
@@ -244,8 +244,6 @@ WRONG = [  # flags, what the one line says
     ("mae.pt --data FILES/classes --probe seg-knn", "seg-knn"),
     ("mae.pt --data FILES/masked --masks nowhere --probe seg-knn", "--masks|nowhere"),
     ("mae.pt --data FILES/masked --masks trainannot valannot --probe knn", "knn|label"),
-    ("mae.pt --picture --images FILES/none.png", "none.png"),
-    ("mae.pt --picture --images FILES/postscript.png", "postscript.png"),
     ("capi.pt --export x.pt", "--export"), ("semantic_mim.pt --export x.pt", "--export"),
     ("mae.pt --export FILES/mae.pt", "--export"), ("mae.pt --export FILES/no/x.pt", "no/x.pt"),
     ("nan.pt", "not finite"), ("nan.pt --probe finetune --finetune-epochs 1", "not finite"),

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from capi import patch_coordinates
-from common import gather, patchify, split_ids, unshuffle
+from common import gather, patchify, split_ids, unpatchify, unshuffle
 from conftest import MODULES, SHARED_FIXTURES, load_fixture
 from semantic_mim import Tokenizer, hog_target
 from test_trajectories import RUNS, initial_model, under_their_names
@@ -83,7 +83,8 @@ def semantic_mim_outputs(model, inputs, outputs):
 
 
 def pilamim_outputs(model, inputs, outputs):
-    return {"pred_image": model.reconstruct(inputs["images"], inputs["mask"])[1]}
+    pred = model.reconstruct(inputs["images"], inputs["mask"])
+    return {"pred_image": unpatchify(pred, model.patch_size, model.grid)}
 
 
 def capi_outputs(model, inputs, outputs):

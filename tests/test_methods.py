@@ -3,7 +3,7 @@
 import dataclasses
 import inspect
 import typing
-from functools import partial
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -65,7 +65,11 @@ def test_build_passes_every_flag_to_its_argument(method, monkeypatch):
             flags[field.name] = default + i + 1
     flags |= dict(img_size=(32, 48), patch_size=8, in_chans=5)
     seen = {}
-    monkeypatch.setattr(module, module.Model.__name__, lambda **given: seen.update(given))
+
+    def model(**given):
+        seen.update(given)
+    model.__signature__ = inspect.signature(module.Model)
+    monkeypatch.setattr(module, module.Model.__name__, model)
     module.build(dataclasses.replace(cfg, **flags))
     assert seen.keys() == arguments.keys()
     assert (seen["dim"], seen["depth"], seen["heads"]) == common.MODELS["toy"]
@@ -232,12 +236,15 @@ def test_encode_takes_other_sizes(method):
 
 @each_method
 @torch.no_grad()
-def test_pictures_have_titles_and_values_in_0_to_1(method):
+def test_pictures_have_titles_and_values_in_0_to_1(method, monkeypatch):
     cfg = tiny("nowhere", method, NOT_SQUARE, mean=(0.5,) * 3, std=(0.25,) * 3)
     model = built(method, NOT_SQUARE)
-    to_rgb = partial(common.denormalise, cfg=cfg)
-    for name, columns in model.pictures(images_for(model, 3), to_rgb).items():
-        assert name.endswith(".png") and len(columns) > 1
+    drawn = {}
+    monkeypatch.setattr(common, "save_picture", drawn.__setitem__)
+    common.save_pictures(model, images_for(model, 3), cfg, "out")
+    assert Path("out/features.png") in drawn
+    for path, columns in drawn.items():
+        assert path.suffix == ".png" and len(columns) > 1
         for title, column in columns.items():
             assert title and column.shape in [(3, 3, 32, 48), (3, 1, 32, 48)]
             assert column.min() >= 0 and column.max() <= 1 and column.std() > 0

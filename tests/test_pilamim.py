@@ -68,8 +68,4 @@ def test_reconstruct_puts_predictions_in_their_places(shape):
     is_masked = some_mask(3, N // 2, N)
     patches, places = patchify(images, 8), torch.arange(float(N))[:, None]
     model.decoder = Places(64 * shape[0])
-    masked, pred, pasted = (patchify(t, 8) for t in model.reconstruct(images, is_masked))
-    hidden = is_masked[..., None]
-    assert torch.equal(pred, places.expand_as(patches))
-    assert torch.equal(pasted, torch.where(hidden, places, patches))
-    assert torch.equal(masked, patches.masked_fill(hidden, 0))
+    assert torch.equal(model.reconstruct(images, is_masked), places.expand_as(patches))

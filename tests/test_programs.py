@@ -171,7 +171,7 @@ WRONG = [  # program, flags, what the line on stderr says
     ("mae", "--resume FILES/mae.pt --seed 7", "mae.pt.*--seed was 0, is 7"),
     ("capi", "--resume FILES/mae.pt", "mae.pt: not a checkpoint of capi, but of mae"),
     ("mae", "--img-size 8", "--mask-ratio 0.75.*1 patches"),
-    ("semantic_mim", "--mask-ratio 1", "--mask-ratio 1.0.* 0 of 16"),
+    ("semantic_mim", "--mask-ratio 0", "--mask-ratio 0.0.* 16 of 16"),
     ("pilamim", "--mask-ratio 0", "--mask-ratio 0.0.* 16 of 16"),
     ("capi", "--mask-ratio 0.01", "--mask-ratio 0.01.* 16 of 16"),
     ("mae", "--decoder-heads 5", "5 heads"),
