@@ -24,7 +24,6 @@ import threading
 import time
 import traceback
 import typing
-import warnings
 import zipfile
 from pathlib import Path
 
@@ -283,11 +282,10 @@ SHAPES = torch.tensor([  # corners, notch / tip radius, hole (-1: none), size, w
 
 
 def render_shapes(img_size, in_chans, *key):
-    """32 images that depend on the words and numbers of `key`: uint8 [n, C, H, W], labels
-    {name: [n]}, and maps uint8 [n, H, W] with 0 for background and 1 + kind for an object. 3 to 10
-    objects stand on a floor before a wall. Near objects are large, stand low and hide far ones.
-    Labels: the kind of the nearest object (6 classes), the number of objects (8), the distance of
-    the nearest (6)."""
+    """32 images that depend on `key`: uint8 [n, C, H, W], labels {name: [n]}, and maps uint8
+    [n, H, W] with 0 for background and 1 + kind for an object. 3 to 10 objects stand on a floor.
+    Near ones are large, stand low and hide far ones. Labels: the kind (6 classes) and the distance
+    (6) of the nearest object, and the number of objects (8)."""
     height, width = pair(img_size)
     short = min(height, width)
     n = 32  # so few images fit in the CPU's cache
@@ -357,7 +355,7 @@ def render_shapes(img_size, in_chans, *key):
 
 @dataclasses.dataclass
 class Pixels:
-    """A set of small images in memory."""
+    """Images in memory."""
     images: torch.Tensor  # uint8 [n, C, H, W]
     labels: dict  # name: [n]
     maps: torch.Tensor | None = None  # uint8 [n, H, W], a class per pixel
@@ -369,7 +367,7 @@ class Pixels:
 
 @dataclasses.dataclass
 class Folder:
-    """A set of image files, which are read on demand."""
+    """Image files, which are read on demand."""
     paths: np.ndarray  # of bytes: one block of memory, which loader processes share
     labels: dict  # {"class": [n]}, or {}
     broken: dict = dataclasses.field(default_factory=dict)  # {id: path} of unreadable images
@@ -544,7 +542,7 @@ def centre_box(height, width, size, margin):
 
 def resample_matrix(start, length, n_in, n_out):
     """Matrices [B, n_out, n_in] that resample the pixels [start, start + length) of n_in to n_out:
-    bicubic with antialiasing, with the weights of Pillow and torchvision."""
+    bicubic with antialiasing, with Pillow's weights."""
     start, length = start[:, None, None], length[:, None, None]
     step = length / n_out  # input pixels per output pixel
     at = torch.arange(n_in, device=start.device) + 0.5
@@ -557,8 +555,7 @@ def resample_matrix(start, length, n_in, n_out):
 
 def crop_resize(images, boxes, flips, size):
     """Each image's box, resized and perhaps flipped: uint8 [B, C, H, W] -> float [B, C, *size] in
-    0..255. Each axis has one matrix per image, so the batch needs two products and no loop.
-    F.grid_sample would alias where a crop shrinks, and its cubic is another one than Pillow's."""
+    0..255, by one matrix per image and axis. (F.grid_sample would alias if a crop shrinks.)"""
     top, left, h, w = boxes.unbind(1)
     rows = resample_matrix(top, h, images.shape[2], size[0])  # [B, h, H]
     cols = resample_matrix(left, w, images.shape[3], size[1])  # [B, w, W]
@@ -694,10 +691,8 @@ def read_batches(cfg, run, data, crops, size):
 
 
 def leave_group(worker):
-    """Leave the process group and ignore Ctrl-C: signals go to the whole group, but the last step
-    still needs its images."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(os, "setsid"):
+    """Leave the process group, to which a Ctrl-C goes: the last step still needs its images."""
+    if hasattr(os, "setsid"):  # not on Windows
         os.setsid()
 
 
@@ -705,7 +700,7 @@ def report_broken(data, broken):
     """Name each unreadable image once. Stop above 1 % of the set."""
     for i, why in broken:
         if i not in data.broken:
-            data.broken[i] = os.fsencode(data.paths[i]).decode(errors="backslashreplace")
+            data.broken[i] = data.paths[i].decode(errors="backslashreplace")
             tqdm.write(f"warning: cannot read {data.broken[i]} ({why}); the next image replaces it")
     count = len(data.broken)
     if count > max(1, len(data) // 100) or count == len(data):
@@ -782,8 +777,8 @@ class TrainConfig:
 
 def metadata_of(Config, name):
     """The metadata that `flag` gave a field. A subclass that only changes a default inherits it."""
-    fields = [vars(base).get("__dataclass_fields__", {}).get(name) for base in Config.__mro__]
-    return next(field.metadata for field in fields if field and field.metadata)
+    fields = (base.__dataclass_fields__[name] for base in Config.__mro__)
+    return next(field.metadata for field in fields if field.metadata)
 
 
 class Parser(argparse.ArgumentParser):
@@ -907,8 +902,8 @@ def has_compiler():
 
 
 def join_processes(run):
-    """torchrun's agent keeps one store for all restarts. Each restart needs its own prefix: without
-    it, a process would read the addresses of dead ones."""
+    """torchrun keeps one store for all restarts. Each restart needs its own prefix, or a process
+    would read the addresses of dead ones."""
     options = {"device_id": run.device} if run.device.type == "cuda" else {}
     limit = datetime.timedelta(minutes=10)
     try:
@@ -1022,10 +1017,10 @@ class Run:
             model.compile()
         if self.world == 1:
             return model
-        with warnings.catch_warnings():  # broadcast_buffers is deprecated; 2.6 has nothing else
-            warnings.simplefilter("ignore")
-            return DistributedDataParallel(model, broadcast_buffers=False, bucket_cap_mb=100,
-                                           gradient_as_bucket_view=True)  # few, large all-reduces
+        ddp = DistributedDataParallel(model, bucket_cap_mb=100,  # few, large all-reduces
+                                      gradient_as_bucket_view=True)
+        ddp.broadcast_buffers = False  # all are constant
+        return ddp
 
     def steps(self, done, total):
         """Yield done + 1 .. total. Meanwhile, on Ctrl-C, SIGTERM or SIGHUP, the step is finished so
@@ -1158,9 +1153,8 @@ class Checkpoint:
         self.previous = Path(cfg.out, "previous.pt")
 
     def resume(self):
-        """Load the run in OUT, else the file that --resume names -> the number of steps done, the
-        same on every rank; 0 for a new run. Make OUT and lock it; --resume no deletes the old
-        checkpoints."""
+        """Load the run in OUT, else the file that --resume names; make OUT and lock it -> the number
+        of steps done, the same on every rank. --resume no deletes the old checkpoints."""
         step = 0
         old = [path for path in (self.last, self.previous) if os.path.lexists(path)]
         if self.cfg.resume != "no" and (old or self.cfg.resume != "auto"):
@@ -1456,8 +1450,8 @@ def features_of(encode, cfg, run, data, ids, take):
 
 
 class Look:
-    """Evaluation during training: k-NN accuracy, the health of the features, the method's pictures.
-    It draws nothing from torch's global generator, so that resuming stays exact."""
+    """Evaluation during training: k-NN accuracy, the health of the features, pictures. It draws
+    nothing from torch's global generator, so that resuming stays exact."""
 
     def __init__(self, cfg, run, model, train_set, val_set):
         self.cfg, self.run, self.model = cfg, run, model
