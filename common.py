@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import dataclasses
 import datetime
+import errno
 import functools
 import inspect
 import json
@@ -1136,7 +1137,8 @@ def read_checkpoint(path):
             raise ValueError
         return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=zipped))
     except Exception as error:  # torch.load raises many kinds
-        if isinstance(error, (PermissionError, MemoryError)) or "allocate" in str(error):
+        invalid = getattr(error, "errno", None) == errno.EINVAL  # truncated: a seek before 0
+        if isinstance(error, (OSError, MemoryError)) and not invalid or "allocate" in str(error):
             raise BadInput(f"{path}: cannot be read ({error!r})") from error
         if "GLOBAL" in str(error) or "reduce" in str(error):
             raise BadInput(f"{path}: it holds code, which is refused. If you trust it, extract its "
