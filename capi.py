@@ -16,7 +16,8 @@ the assignments are balanced (Sinkhorn-Knopp).
     7. CAPI loss: cross-entropy of the student's logits / 0.12 with 3; trains only the student
   Positions are rotary, from (row, column) in 0..1, in every attention. Evaluation uses the teacher
   (`encode`): an image's feature is the mean output of its first predictor block.
-  Letters: B images, N patches of P = p * p * C numbers, V visible, Q predicted, R registers.
+  Letters: B images, N patches of P = p * p * C numbers, V visible, Q predicted,
+  K clusters, R registers; width D.
 
   python capi.py                                                 the demo
   python capi.py --data DIR --img-size 96 --out runs/mine-capi   any folder of images
@@ -140,8 +141,8 @@ def register_coordinates(count, device):
 
 def rotary_table(head_dim):
     """Angular frequencies [2, d] for row and column: d/4 values fall geometrically from 7 to 7e-4
-    periods per image. The first half of the channels, for the row, has them twice; so has the
-    second, for the column."""
+    periods per image. The first half of the channels turns with the row, the second with the
+    column. Each half has the d/4 values twice."""
     n = head_dim // 4
     frequencies = 2 * math.pi * 7 * 1e-4 ** (torch.arange(n, dtype=torch.float64) / max(1, n - 1))
     twice = frequencies.repeat(2)
@@ -158,8 +159,9 @@ def rotation(coordinates, table):
 
 
 def rotate(x, rope):
-    """x cos + rotate_half(x) sin over the whole head: x [..., B, heads, T, d]. A channel's partner
-    turns with the other coordinate: not a true rotation, but what the authors' program does."""
+    """x cos + rotate_half(x) sin over the whole head: x [..., B, heads, T, d], rope [B or 1, 2, 1,
+    T, d]. A channel's partner is half a head away, so it turns with the other coordinate. This is
+    not a true rotation; it is what the authors' program does."""
     cos, sin = rope.to(x.dtype).unbind(1)
     a, b = x.chunk(2, -1)
     return torch.addcmul(x * cos, torch.cat([b, a], -1), sin)
@@ -414,7 +416,8 @@ class CAPI(nn.Module):
     def encode(self, images):
         """images, normalised as for `forward`, of any size that p divides -> pooled [B, D], the
         paper's feature: the mean of the normed outputs of the FIRST predictor block, with a mask
-        token at every place; the teacher's patches [B, N, D] after its final norm, none masked."""
+        token at every place; patches [B, N, D], the teacher's after its final norm. No patch is
+        masked."""
         places = patch_coordinates(patch_grid(images.shape[2:], self.patch_size), images.device)
         context, rope = self.teacher(patchify(images, self.patch_size), places)
         pooled = self.teacher.predict(places, context, rope, depth=1).mean(1)
@@ -426,7 +429,7 @@ class CAPI(nn.Module):
         ids = self.cluster_head(self.encode(images)[1]).argmax(-1)  # [n, N]
         colours = draw((self.clusters, 3), "cpu", "colours")[ids.cpu()]  # one per cluster
         colours = colours.unflatten(1, self.grid).permute(0, 3, 1, 2)
-        return {"features.png": {
+        return {"features.png": {  # columns beside the input and the PCA of the patches
             "PCA at 2 x size": pca_colours(larger, [2 * n for n in self.grid], size),
             "clusters": F.interpolate(colours, size)}}
 

@@ -214,10 +214,10 @@ def arguments(Model, cfg):
 
 # ---- 2. Masking. A mask is bool [B, N], True = masked; all rows have the same number of True.
 
-def check_visible(flag, num_visible, num_patches, least=1):
-    """Reject a flag that leaves too few visible or masked patches."""
+def check_visible(setting, num_visible, num_patches, least=1):
+    """Reject a setting that leaves too few visible or masked patches."""
     if not least <= num_visible <= num_patches - least:
-        raise BadInput(f"{flag} leaves {num_visible} of {num_patches} patches visible; at least "
+        raise BadInput(f"{setting} leaves {num_visible} of {num_patches} patches visible; at least "
                        f"{least} must be visible and {least} masked")
 
 
@@ -518,7 +518,7 @@ def crop_boxes(noise, height, width, scale):
     """torchvision's random resized crop: the first of ten tries (area uniform in `scale`, aspect
     ratio log-uniform in [3/4, 4/3]) that fits, else the largest central crop of an allowed ratio.
     noise [n, 41] -> boxes [n, 4] of (top, left, height, width), flips [n]."""
-    u = noise.numpy()  # loaders have one image per call, and for ten numbers NumPy is faster
+    u = noise.numpy()  # a loader has one image per call; on so few numbers NumPy is faster
     area, aspect, y, x = u[:, :40].reshape(-1, 4, 10).swapaxes(0, 1)  # each [n, 10]
     area = height * width * (scale[0] + (scale[1] - scale[0]) * area)
     aspect = 3 / 4 * (16 / 9) ** aspect
@@ -602,7 +602,7 @@ def eval_batches(cfg, run, data, ids):
 
 def batches(cfg, run, data, crops, size):
     """crops: pairs of ids and the noise for random crops, None for central ones -> normalised
-    images on the device, and the ids of those that could be read."""
+    images on the device, and their ids: the next image replaces an unreadable one."""
     read = read_batches if isinstance(data, Folder) else cut_batches
     for images, ids in read(cfg, run, data, crops, size):
         yield normalise(images, cfg), ids
@@ -621,7 +621,8 @@ def cut_batches(cfg, run, data, crops, size):
             yield bicubic(picked, size).clamp(0, 255), ids
         else:
             boxes, flips = crop_boxes(noise, *images.shape[2:], cfg.crop_scale)
-            boxes, flips = (t.to(run.device, non_blocking=True) for t in (boxes, flips & cfg.flip))
+            boxes = boxes.to(run.device, non_blocking=True)
+            flips = (flips & cfg.flip).to(run.device, non_blocking=True)
             yield crop_resize(picked, boxes, flips, size), ids
 
 
@@ -685,15 +686,16 @@ def read_batches(cfg, run, data, crops, size):
         for images, ids, broken in loader:
             report_broken(data, broken)
             yield images.to(run.device, non_blocking=True).float(), ids
-    except (ConnectionError, EOFError) as error:  # torch has not seen yet that the process is dead
+    except (ConnectionError, EOFError) as error:  # torch has not noticed yet that it is dead
         raise RuntimeError("a DataLoader worker was killed") from error
     finally:
         torch.set_num_threads(threads)
 
 
 def leave_group(worker):
-    """Leave the process group, to which a Ctrl-C goes: the last step still needs its images."""
-    if hasattr(os, "setsid"):  # not on Windows
+    """Leave the process group and ignore Ctrl-C: the last step still needs its images."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(os, "setsid"):
         os.setsid()
 
 
@@ -1020,7 +1022,7 @@ class Run:
             return model
         ddp = DistributedDataParallel(model, bucket_cap_mb=100,  # few, large all-reduces
                                       gradient_as_bucket_view=True)
-        ddp.broadcast_buffers = False  # all are constant
+        ddp.broadcast_buffers = False  # constants; this argument of DDP is deprecated
         return ddp
 
     def steps(self, done, total):
@@ -1139,7 +1141,8 @@ def read_checkpoint(path):
     except Exception as error:  # torch.load raises many kinds
         invalid = getattr(error, "errno", None) == errno.EINVAL  # truncated: a seek before 0
         if isinstance(error, (OSError, MemoryError)) and not invalid or "allocate" in str(error):
-            raise BadInput(f"{path}: cannot be read ({error!r})") from error
+            reason = one_line(error) or type(error).__name__
+            raise BadInput(f"{path}: cannot be read ({reason})") from error
         if "GLOBAL" in str(error) or "reduce" in str(error):
             raise BadInput(f"{path}: it holds code, which is refused. If you trust it, extract its "
                            "weights: " + EXTRACT.format(shlex.quote(str(path)))) from error
@@ -1155,12 +1158,14 @@ class Checkpoint:
         self.previous = Path(cfg.out, "previous.pt")
 
     def resume(self):
-        """Load the run in OUT, else the file that --resume names; make OUT and lock it -> the number
-        of steps done, the same on every rank. --resume no deletes the old checkpoints."""
+        """Load the run in OUT, else the file that --resume names -> the number of steps done, 0 for
+        a new run, the same on every rank. Make OUT and lock it. --resume no deletes old
+        checkpoints."""
         step = 0
         old = [path for path in (self.last, self.previous) if os.path.lexists(path)]
         if self.cfg.resume != "no" and (old or self.cfg.resume != "auto"):
-            step = self.load(*old or [self.cfg.resume])
+            paths = old or [self.cfg.resume]
+            step = self.load(*paths)
         self.agree(step)
         if self.run.is_main:
             with writing(f"--out {self.cfg.out}"):
@@ -1199,7 +1204,8 @@ class Checkpoint:
             if type(step) is not int or step < 0:
                 raise ValueError(step)
             for name, part in self.parts.items():
-                part.load_state_dict(state[name])
+                if name != "scaler" or state[name]:  # that of a run without fp16 is empty
+                    part.load_state_dict(state[name])
                 if isinstance(part, torch.optim.Optimizer):
                     check_shapes(part)
             name = "rng"
@@ -1447,7 +1453,8 @@ def features_of(encode, cfg, run, data, ids, take):
         with run.autocast():
             features.append(take(*encode(images)))
         seen.append(some.to(run.device))
-    features, seen = (run.gather(torch.cat(parts))[:len(ids)] for parts in (features, seen))
+    features = run.gather(torch.cat(features))[:len(ids)]
+    seen = run.gather(torch.cat(seen))[:len(ids)]
     return features, {name: y.to(run.device)[seen] for name, y in data.labels.items()}
 
 
@@ -1527,8 +1534,8 @@ def reconstruction(images, pred, is_masked, p, to_rgb):
 
 @torch.no_grad()
 def save_pictures(model, images, cfg, folder, prefix=""):
-    """Draw the model's features of these images, and its own pictures, which need the grid of
-    training: {file name: {title: images [n, 3 or 1, H, W] in 0..1}} -> the names of the files."""
+    """Write features.png and the model's own pictures -> the names of the files. `model.pictures`
+    returns {file name: {title: images [n, 3 or 1, H, W] in 0..1}}; it needs the training grid."""
     to_rgb = functools.partial(denormalise, cfg=cfg)
     size = images.shape[2:]
     grid = patch_grid(size, model.patch_size)

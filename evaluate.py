@@ -79,8 +79,8 @@ class Config:
     drop_path: float = flag(0.1, "finetune: drop path of the last block, rising from 0", 0, 0.9)
     masks: tuple[str, ...] = flag((), "folders of the masks (.png) for train/ and val/")
     ignore: int = flag(255, "label in the masks to leave out")
-    picture: bool = flag(False, "draw 8 test images: PCA colours of the patches, and the method's "
-                         "pictures")
+    picture: bool = flag(False, "draw 8 test images: PCA of the patches that `encode` returns, "
+                         "and the method's pictures")
     export: str = flag("", "write the encoder to this .pt or .safetensors file")
     data: str = flag("", "as in training; default: the run's")
     data_root: str = flag("", "as in training; default: the run's")
@@ -518,8 +518,10 @@ def extract(encode, kind, data, trained, run):
     """The features of a set: pooled, float32 [n, F], or patches, fp16 [n, N, D]; kept on rank 0."""
     def take(pooled, patches):
         return pooled.float() if kind == "pooled" else patches.half()
-    features, _ = features_of(encode, trained, run, data, torch.arange(len(data)), take)
+    features, labels = features_of(encode, trained, run, data, torch.arange(len(data)), take)
     check_finite(features)
+    for name, y in labels.items():  # an image that replaced an unreadable one has its own label
+        data.labels[name] = y.cpu()
     return features.cpu() if run.is_main else None
 
 

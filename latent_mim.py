@@ -297,14 +297,14 @@ class LatentMIM(nn.Module):
     def encode(self, images):
         """images WITHOUT gaps, normalised as for `forward`, of any size that p divides -> pooled
         [B, D], the paper's feature: the mean of the patches; patches [B, N, D]. Both are the
-        student's BEFORE the final norm; none is masked."""
+        student's BEFORE the final norm. No patch is masked."""
         grid = patch_grid(images.shape[2:], self.patch_size)
         pos = resize_positions(self.encoder.pos_embed, self.grid, grid)[:, 1:]
         patches = self.encoder.tokens(patchify(images, self.patch_size), pos)[:, 1:]
         return patches.mean(1), patches
 
     def pictures(self, images, to_rgb):
-        return {}  # none of its own
+        return {}  # besides features.png, which all methods have
 
     @classmethod
     def from_released(cls, state_dict, **sizes):
@@ -332,7 +332,8 @@ def build(cfg):
     rows, columns = patch_grid(cfg.img_size, cfg.patch_size)
     num_visible = max(2, round(cfg.visible_share * rows * columns))  # V, rounded to nearest
     gap = cfg.patch_size // 4 if cfg.gap is None else cfg.gap
-    return LatentMIM(**arguments(LatentMIM, cfg) | dict(num_visible=num_visible, gap=gap))
+    own = dict(num_visible=num_visible, gap=gap)
+    return LatentMIM(**arguments(LatentMIM, cfg) | own)
 
 
 def no_decay(name, p):

@@ -61,7 +61,8 @@ class Config(TrainConfig):
 # ---- Loss
 
 def normalise_patches(patches):
-    """Each patch minus its mean, over its unbiased standard deviation; and both, to undo it."""
+    """Subtract each patch's mean and divide by its unbiased standard deviation. Also return both,
+    to undo it."""
     mean = patches.mean(-1, keepdim=True)
     std = (patches.var(-1, keepdim=True) + 1e-6).sqrt()
     return (patches - mean) / std, mean, std
@@ -141,7 +142,7 @@ class MAE(nn.Module):
         default the model's -> loss, logs."""
         patches = patchify(images, self.patch_size)  # [B, N, P]
         if is_masked is None:
-            is_masked = self.draw_mask(torch.rand_like(patches[:, :, 0]))
+            is_masked = self.draw_mask(torch.rand(patches.shape[:2], device=images.device))
         ids_visible, ids_masked = split_ids(is_masked, num_visible or self.num_visible)
         latent = self.encode_visible(patches, ids_visible)  # [B, 1 + V, D]
         first_masked = latent.shape[1]  # 1 + V
@@ -156,7 +157,8 @@ class MAE(nn.Module):
 
     def encode(self, images):
         """images, normalised as for `forward`, of any size that p divides -> pooled [B, D], the
-        paper's feature: CLS; patches [B, N, D]. Both are after the final norm; none is masked."""
+        paper's feature: CLS; patches [B, N, D]. Both are after the final norm. No patch is
+        masked."""
         grid = patch_grid(images.shape[2:], self.patch_size)
         pos = resize_positions(self.pos_embed, self.grid, grid)[:, 1:]
         x = self.encode_patches(patchify(images, self.patch_size), pos)
@@ -187,8 +189,9 @@ class MAE(nn.Module):
         constructor; its defaults are the paper's ViT-B. Of a fine-tuned file the head is ignored,
         and fc_norm, if it was trained on the mean of the patches, becomes the final norm."""
         state = state_dict.get("model", state_dict).items()
-        state = {name.replace("fc_norm.", "norm."): t for name, t in state
-                 if not name.startswith("head.")}
+        state = {name: t for name, t in state if not name.startswith("head.")}
+        if "norm.weight" not in state:
+            state = {name.replace("fc_norm.", "norm."): t for name, t in state.items()}
         return load_released(cls(**sizes), state, optional=["decoder", "mask_token"])
 
 

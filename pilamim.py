@@ -28,7 +28,8 @@ makes the second decoder predict the teacher's CLS, which describes the whole im
 
 Differs from the authors' program:
 - A prediction is compared with the target of the same patch, as in the paper's equation. Theirs
-  shuffles the teacher's patches and never restores their order, so L_latent pairs other patches.
+  shuffles the teacher's patches and never restores their order, so L_latent compares a prediction
+  with the target of another patch.
 - The teacher starts as a copy of the encoder; theirs starts from random weights of its own.
 - Every image has its own mask; theirs draws the same masks on all GPUs.
 - The demo has MAE's initialisation, which learns more in a short run; theirs is `--init torch`.
@@ -78,14 +79,15 @@ class Config(TrainConfig):
 # ---- Loss
 
 def squared_error(pred, target):
-    """In float32, for all three losses. Pixel targets are not normalised per patch."""
+    """Mean squared error in float32, for all three losses. Pixel targets are not normalised."""
     return (pred.float() - target.float()).square().mean()
 
 
 # ---- Model
 
 class Encoder(nn.Module):
-    """A ViT without bias on q, k, v. Positions are learned; CLS has none. Also the teacher."""
+    """A ViT without bias on q, k, v. Positions are learned; CLS has none. The teacher is a second
+    instance."""
 
     def __init__(self, num_patches, patch_size, in_chans, dim, depth, heads):
         super().__init__()
@@ -172,7 +174,7 @@ class PiLaMIM(nn.Module):
         default the model's -> loss, logs. Does not move the teacher: call `update_teacher`."""
         patches = patchify(images, self.patch_size)  # [B, N, P]
         if is_masked is None:
-            is_masked = self.draw_mask(torch.rand_like(patches[:, :, 0]))
+            is_masked = self.draw_mask(torch.rand(patches.shape[:2], device=images.device))
         ids_visible, ids_masked = split_ids(is_masked, num_visible or self.num_visible)
         latent = self.encode_visible(patches, ids_visible)  # [B, 1 + V, D]
         with torch.no_grad():
@@ -187,7 +189,8 @@ class PiLaMIM(nn.Module):
                   "latent_loss": squared_error(latents[:, 1:], target_latents),  # L_latent
                   "cls_loss": squared_error(latents[:, 0], target[:, 0])}  # L_cls
         loss = sum(self.weights[name] * part for name, part in losses.items())
-        # loss_of_mean is pixel_loss of the mean as prediction. target_std near 0 is a collapse.
+        # loss_of_mean is pixel_loss if the mean is predicted everywhere. If target_std is near 0,
+        # the teacher has collapsed.
         return loss, losses | {"loss_of_mean": target_pixels.var(unbiased=False),
                                "pred_std": spread(latents[:, 1:]),
                                "target_std": spread(target_latents)}
@@ -197,7 +200,8 @@ class PiLaMIM(nn.Module):
 
     def encode(self, images):
         """images, normalised as for `forward`, of any size that p divides -> pooled [B, D], the
-        paper's feature: CLS; patches [B, N, D]. Both are after the final norm; none is masked."""
+        paper's feature: CLS; patches [B, N, D]. Both are after the final norm. No patch is
+        masked."""
         grid = patch_grid(images.shape[2:], self.patch_size)
         pos = resize_positions(self.encoder.pos_embed, self.grid, grid)
         x = self.encoder(patchify(images, self.patch_size), pos)
@@ -261,8 +265,8 @@ def train(cfg):
     model = build(cfg).to(run.device)
     train_set, val_set = load_data(cfg, run)
     plan = Plan(cfg, len(train_set))
-    # Every parameter has weight decay, biases and norm gains too. The encoder's last gain sets the
-    # scale of the latent targets, so its decay lowers L_latent relative to L_pixel.
+    # Every parameter has weight decay, biases and norm gains too. The gain of the encoder's last
+    # norm sets the scale of the latent targets, so its decay lowers L_latent relative to L_pixel.
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, betas=cfg.betas, weight_decay=cfg.weight_decay,
                                   fused=True)

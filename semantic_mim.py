@@ -39,7 +39,7 @@ Differs from the authors' program:
   theirs precedes it, on uint8, in random order.
 - dVAE: drop path applies once to the MLP branch; theirs applies it twice by mistake.
 - A batch may span two epochs; theirs ends every epoch with an incomplete batch.
-- At least one patch stays visible: on a grid of 2 x 2, 80 % rounded up would leave none.
+- At least one patch stays visible; 80 % of a grid of 2 x 2, rounded up, would leave none.
 - If 8 does not divide the patch side, a HOG cell is half the patch (if its side is even and above
   8) or all of it. The paper's patch of 16 is not affected.
 - Mixed precision is bf16; theirs is fp16 with a loss scaler, here `--amp fp16`.
@@ -351,7 +351,7 @@ class SemanticMIM(nn.Module):
             raise ValueError("the target dvae needs tokens [B, N], the ids of a Tokenizer")
         patches = patchify(images, self.patch_size)  # [B, N, P]
         if is_masked is None:
-            is_masked = self.draw_mask(torch.rand_like(patches[:, :, 0]))
+            is_masked = self.draw_mask(torch.rand(patches.shape[:2], device=images.device))
         ids_visible, ids_masked = split_ids(is_masked, num_visible or self.num_visible)
         latents = self.mask_latents(patches, ids_visible, ids_masked)
         pred = self.head(latents).float()  # [B, M, .]
@@ -379,7 +379,7 @@ class SemanticMIM(nn.Module):
     def encode(self, images):
         """images, normalised as for `forward`, of any size that p divides -> pooled [B, D], the
         paper's feature: the mean patch token BEFORE the final norm, then a LayerNorm without gain;
-        patches [B, N, D] after the final norm. None is masked. Call `eval()` first."""
+        patches [B, N, D] after the final norm. No patch is masked. Call `eval()` first."""
         x = self.run_blocks(images, self.blocks)[:, self.num_proxy:]
         return F.layer_norm(x.mean(1), x.shape[-1:], eps=1e-6), self.norm(x)
 
@@ -394,6 +394,7 @@ class SemanticMIM(nn.Module):
         K = self.num_proxy
         weights = self.attention(images)[:, :K, K:].mean(1)  # [n, N], the mean over proxies
         weights = (weights / weights.amax(1, keepdim=True)).unflatten(1, self.grid)[:, None]
+        # A column of features.png, beside the input and the PCA of the patches.
         return {"features.png": {"proxies attend to": F.interpolate(weights, images.shape[2:])}}
 
     @classmethod
@@ -427,7 +428,8 @@ RENAMED = [  # from the authors' parameter names to ours; the order matters
 # ---- Training
 
 def build(cfg):
-    return SemanticMIM(**arguments(SemanticMIM, cfg) | dict(vocab=cfg.vocab or 8192))
+    own = dict(vocab=cfg.vocab or 8192)
+    return SemanticMIM(**arguments(SemanticMIM, cfg) | own)
 
 
 NO_DECAY = {"hog": ["mask_token"], "dvae": ["cls_token", "pos_embed"]}  # and all 1-D tensors

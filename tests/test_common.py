@@ -2,10 +2,12 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from PIL import Image
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms.functional import hflip, resized_crop, to_pil_image
 
@@ -168,6 +170,23 @@ def test_every_image_comes_once_per_epoch(n, batch):
     assert len(epochs.unique(dim=0)) == 4 and not torch.equal(epochs[0], torch.arange(n))
     assert torch.equal(stream(3, steps), order[3 * batch:])  # as a resumed run
     assert not torch.equal(stream(0, steps, seed=1), order)
+
+
+def test_labels_are_those_of_the_images_that_are_read(tmp_path):
+    """Each image is as bright as its number. One cannot be read; the next one replaces it."""
+    cfg, run = started(batch_size=16)
+    for i in range(200):
+        Image.new("L", (20, 20), i).save(tmp_path / f"{i:03}.png")
+    (tmp_path / "070.png").write_bytes(b"")
+    paths, _ = common.find_images(tmp_path, 3)
+    data = common.Folder(np.array(paths), {"number": torch.arange(200)})
+
+    def brightness(images):
+        return 255 * common.denormalise(images, cfg).mean((1, 2, 3)), None
+    features, labels = common.features_of(brightness, cfg, run, data, torch.arange(200),
+                                          lambda pooled, patches: pooled)
+    assert features.round().tolist() == labels["number"].tolist()
+    assert labels["number"][69:72].tolist() == [69, 71, 71]
 
 
 def test_normalise_and_back():

@@ -5,6 +5,7 @@ import functools
 import importlib.util
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -145,6 +146,16 @@ def test_pictures_need_no_labels(tmp_path, run):
     assert (tmp_path / "eval_features.png").exists() and not (tmp_path / "last.eval.json").exists()
 
 
+def test_a_replaced_image_has_its_own_label(tmp_path):
+    for name in "ab":
+        write_images(tmp_path / name, 2)
+    (tmp_path / "a/001.png").write_bytes(b"")
+    cfg, run = started(data=str(tmp_path), batch_size=1)
+    data, _ = common.load_data(cfg, run)
+    evaluate.extract(common.raw_pixels, "pooled", data, cfg, run)
+    assert data.labels["class"].tolist() == [0, 1, 1, 1]
+
+
 # -- a label per pixel
 
 def masked_folder(root, labels=4, count=6):
@@ -229,12 +240,14 @@ def files(tmp_path_factory):
     for name in "ab":
         write_images(root / "classes" / name, 12)
     masked_folder(root / "masked")
-    (root / "postscript.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
+    shutil.copytree(root / "masked/trainannot", root / "postscript")
+    mask = next((root / "postscript").rglob("*.png"))
+    mask.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
     return root
 
 
 WRONG = [  # flags, what the one line says
-    ("none.pt", "none.pt: no such file"), ("postscript.png", "postscript.png: damaged"),
+    ("none.pt", "none.pt: no such file"), ("flat/000.png", "000.png: damaged"),
     ("path.pt", "path.pt|--method"), ("module.pt", "module.pt"),
     ("mae.pt --method capi", "mae.pt.* of mae.*--method"), ("released.pth", "--method"),
     ("released.pth --method pilamim", "released.pth"), ("released.pth --method ../x", "--method"),
@@ -243,6 +256,7 @@ WRONG = [  # flags, what the one line says
     ("mae.pt --data FILES/flat", "label"), ("mae.pt --data FILES/flat --held-out", "--held-out"),
     ("mae.pt --data FILES/classes --probe seg-knn", "seg-knn"),
     ("mae.pt --data FILES/masked --masks nowhere --probe seg-knn", "--masks|nowhere"),
+    ("mae.pt --data FILES/masked --masks FILES/postscript --probe seg-knn", "cannot identify"),
     ("mae.pt --data FILES/masked --masks trainannot valannot --probe knn", "knn|label"),
     ("capi.pt --export x.pt", "--export"), ("semantic_mim.pt --export x.pt", "--export"),
     ("mae.pt --export FILES/mae.pt", "--export"), ("mae.pt --export FILES/no/x.pt", "no/x.pt"),

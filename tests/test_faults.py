@@ -286,7 +286,7 @@ def a_dangling_link(path):
 
 @pytest.mark.parametrize("name, put", [
     ("last.pt", a_folder), ("last.pt", os.mkfifo), ("last.pt", a_dangling_link),
-    ("last.pt.part", a_folder), ("previous.pt", a_folder),
+    ("last.pt.part", a_folder), ("previous.pt", a_folder), ("log.jsonl", a_folder),
     ("reconstruction.png", a_folder)])
 def test_something_else_is_in_the_way(tmp_path, name, put):
     """One line says so. It stays, and the checkpoint too, but a picture is drawn after the save."""
@@ -409,7 +409,7 @@ def test_an_optimizer_of_other_shapes_is_refused(unbroken, tmp_path, method):
 
 
 @pytest.mark.parametrize("error", [
-    PermissionError(errno.EACCES, ""), MemoryError(),
+    PermissionError(errno.EACCES, ""), OSError(errno.EIO, "Input/output error"), MemoryError(),
     RuntimeError("unable to mmap 1024 bytes from file <last.pt>: Cannot allocate memory (12)")])
 def test_a_checkpoint_that_is_unreadable_now_is_not_damaged(tmp_path, monkeypatch, error):
     """Else the run would go on from previous.pt, and its next save would push last.pt out."""
@@ -565,6 +565,12 @@ def test_fp16_that_never_recovers_stops_the_run(tmp_path, monkeypatch, capsys):
     assert mae.train(tiny(tmp_path, epochs=100, log_every=20, save_every=1000)) == 1
     assert "error: not finite in the steps up to" in capsys.readouterr().err
     assert not (tmp_path / "last.pt").exists() and "NaN" not in (tmp_path / "log.jsonl").read_text()
+
+
+def test_a_run_may_go_on_in_fp16_and_back(tmp_path, monkeypatch):
+    for epochs, amp in enumerate((None, torch.float16, None), 1):
+        monkeypatch.setattr(common, "choose_amp", lambda name, device: amp)
+        assert trained(tiny(tmp_path, epochs=epochs))["step"] == 2 * epochs
 
 
 def test_fp16_skips_a_step_that_overflows(tmp_path, monkeypatch):

@@ -126,7 +126,7 @@ def play(name, monkeypatch, out, **changes):
     module, recorded = RUNS[name], load_fixture(name)
     own_build, own_draw, config = module.build, module.draw, recorded["config"]
     own_update = getattr(module, "update_ema", None)
-    run = SimpleNamespace(step=-1, loss=[], parts=[], rates={}, momentum=[])
+    run = SimpleNamespace(step=-1, loss=[], parts=[], rates={}, momentum=[], groups={})
 
     def build(*args):
         run.model = own_build(*args)
@@ -166,6 +166,7 @@ def play(name, monkeypatch, out, **changes):
     def note_rate(optimizer, args, options):
         rate = max(group["lr"] for group in optimizer.param_groups)
         run.rates.setdefault(optimizer, []).append(rate)
+        run.groups |= {p: group for group in optimizer.param_groups for p in group["params"]}
 
     sizes = config["dim"], config["depth"], config["heads"]
     monkeypatch.setitem(common.MODELS, "recorded", sizes)
@@ -181,9 +182,19 @@ def play(name, monkeypatch, out, **changes):
         assert module.train(flags_of(name, recorded, out, **changes)) == 0
     run.grad_norm = [line["grad_norm"] for line in records(out) if "grad_norm" in line]
     state = common.read_checkpoint(f"{out}/last.pt")["model"]
-    run.weights = under_their_names(module, initial_weights(name, recorded), config,
-                                    list(recorded["final_sample"]),
-                                    {key: state[key] for key, _ in run.model.named_parameters()})
+    ours = dict(run.model.named_parameters())
+
+    def by_their_names(values):
+        return under_their_names(module, initial_weights(name, recorded), config,
+                                 list(recorded["final_sample"]), values)
+
+    def option(option):  # of the optimizer's groups, for each parameter
+        values = {key: torch.full_like(p, run.groups[p].get(option, 1.0))
+                  for key, p in ours.items() if p in run.groups}
+        return {what: value.unique().tolist() for what, value in by_their_names(values).items()
+                if not value.isnan().all()}
+    run.weights = by_their_names({key: state[key] for key in ours})
+    run.decay, run.scale = option("weight_decay"), option("scale")
     return recorded, run
 
 
@@ -238,10 +249,20 @@ def check_results(recorded, run):
         assert abs(ours[kept].norm() - norm) <= 3e-4 * norm, f"norm of the final {what}"
 
 
+def check_groups(recorded, run):
+    """Which parameters have weight decay. CAPI's also differ in its amount, and in their rate."""
+    decayed = {what for what, values in run.decay.items() if values != [0]}
+    assert decayed == set(recorded["decayed"])
+    for what, scale in recorded.get("decay_scale", {}).items():
+        assert run.decay[what] == pytest.approx([scale * recorded["recipe"]["weight_decay"]]), what
+        assert run.scale[what] == pytest.approx([recorded["lr_scale"][what]]), what
+
+
 @pytest.mark.parametrize("name", RUNS)
 def test_every_step_agrees_with_the_authors_program(name, monkeypatch, tmp_path):
     recorded, run = play(name, monkeypatch, tmp_path)
     check_schedules(recorded, run)
+    check_groups(recorded, run)
     check_results(recorded, run)
 
 
