@@ -1,4 +1,4 @@
-"""Cluster and Predict Latent Patches for Improved Masked Image Modeling
+r"""Cluster and Predict Latent Patches for Improved Masked Image Modeling
 (Darcet et al., arXiv 2502.08769).
 
 A teacher, the slow moving average of the student, sees the whole image. Its patch features are
@@ -9,11 +9,12 @@ the assignments are balanced (Sinkhorn-Knopp).
   images [B, C, H, W]
     1. one block of 35 % of the patches stays visible, the rest is masked      inverse_block
     2. teacher: all patches -> features [B, N, D] -> cluster logits [B, N, K]  teacher, cluster_head
-    3. logits -> balanced assignments [B, N, K]                                sinkhorn
-    4. clustering loss: cross-entropy of logits / 0.12 with 3; trains only the clusters
+    3. logits -> assignments [B, N, K], balanced at each position              sinkhorn
+    4. clustering loss: cross-entropy of (logits / 0.12) and assignments; trains only the clusters
     5. student: registers + visible patches -> context [B, R + V, D]           student
     6. a mask token per predicted place attends to the context -> [B, Q, D]    student.predict
-    7. CAPI loss: cross-entropy of the student's logits / 0.12 with 3; trains only the student
+    7. CAPI loss: cross-entropy of (its logits / 0.12) and assignments; trains only the student
+  loss = CAPI loss + clustering loss
   Positions are rotary, from (row, column) in 0..1, in every attention. Evaluation uses the teacher
   (`encode`): an image's feature is the mean output of its first predictor block.
   Letters: B images, N patches of P = p * p * C numbers, V visible, Q predicted,
@@ -32,7 +33,7 @@ the assignments are balanced (Sinkhorn-Knopp).
 
 Why position by position: patches in the middle of photographs differ from those at the rim.
 Clusters that are balanced over all positions together could tell positions apart, not content. The
-cost: each position has B samples for its K clusters, so B should be about K (16384 each in the
+cost: each position has B samples for the K clusters, so B should be about K (16384 each in the
 paper, over all ranks). `--accum A` divides this B by A.
 
 Two temperatures: 0.06 makes the assignments, 0.12 the predictions. The sharper target pulls the
@@ -81,14 +82,15 @@ class Config(TrainConfig):
                             0.9)
     init: str = flag("small", "initialisation: xavier, the authors'; small (deviation 0.02) "
                      "learns more in the demo", choices=["xavier", "small"])
-    ema: float = flag(0.97, "momentum of the teacher after the warm-up; the paper's is 0.999", 0, 1)
+    ema: float = flag(0.97, "lowest momentum of the teacher, at the end of the warm-up; the "
+                      "paper's is 0.999", 0, 1)
     cluster_lr: float = flag(0.5, "the clusters' learning rate as a multiple of the student's", 0,
                              1e6)
     recompute: bool = flag(False, "recompute the encoder's activations: less memory, more time")
     crop_scale: tuple[float, ...] = (0.6, 1.0)
     patch_size: int | None = 8
     epochs: int = 14
-    base_lr: float = 3e-3  # the paper's is 1.5625e-5: 1e-3 at batch 16384, for ViT-L
+    base_lr: float = 3e-3  # per 256 images; the paper's 1.5625e-5 is 1e-3 at batch 16384, for ViT-L
     out: str = "runs/capi"
     # As in common.py: 1 epoch of warm-up, weight decay 0.05, betas 0.9, 0.95.
 
@@ -274,7 +276,7 @@ class Backbone(nn.Module):
         if init == "xavier":
             xavier_init(self)
         for name, p in self.named_parameters():
-            if name in ("registers", "mask_token") or init == "small" and p.ndim > 1:
+            if name in ("registers", "mask_token") or (init == "small" and p.ndim > 1):
                 nn.init.trunc_normal_(p, std=0.02)
 
     def forward(self, patches, coordinates):
@@ -330,7 +332,7 @@ class ClusterHead(nn.Module):
 
 class CAPI(nn.Module):
     encoder_name = "teacher"  # for evaluate.py: the submodule with the blocks
-    pool = "mean"  # the feature of an inner layer
+    pool = "mean"  # for evaluate.py --layer; the paper's feature comes from `encode`
     CHUNK = 2**27  # most cluster logits in memory at once: 0.5 GB in float32
 
     def __init__(self, img_size=224, patch_size=14, in_chans=3, dim=1024, depth=24, heads=16,
@@ -362,9 +364,9 @@ class CAPI(nn.Module):
     def forward(self, images, is_masked=None, is_predicted=None, num_visible=None,
                 num_predict=None):
         """images [B, C, H, W], normalised per channel by the data set's mean and standard
-        deviation; is_masked [B, N] and is_predicted [B, N], a subset of it, drawn if None;
-        num_visible, num_predict: how many patches per image, by default the model's -> loss, logs.
-        Does not move the teacher: call `update_teacher`."""
+        deviation; is_masked [B, N] and is_predicted [B, N], a subset of it, are drawn if is_masked
+        is None; num_visible, num_predict: how many patches in a row of each, by default the model's
+        -> loss, logs. Does not move the teacher: call `update_teacher`."""
         if is_masked is None:
             noise = torch.rand(len(images), 3 + self.num_patches, device=images.device)
             is_masked, is_predicted = self.draw_mask(noise)
@@ -509,7 +511,8 @@ def train(cfg):
     groups = student_groups(model, cfg.weight_decay)
     optimizer = torch.optim.AdamW(groups, betas=cfg.betas, fused=True)
     groups = [{"params": list(model.cluster_head.parameters()), "scale": cfg.cluster_lr}]
-    cluster_optimizer = torch.optim.AdamW(groups, betas=cfg.betas, weight_decay=0.01, fused=True)
+    cluster_optimizer = torch.optim.AdamW(groups, betas=cfg.betas, weight_decay=0.01,  # the paper's
+                                          fused=True)
     scaler = torch.amp.GradScaler(run.device.type, enabled=run.amp is torch.float16)
     checkpoint = Checkpoint(cfg, run, plan, model=model, optimizer=optimizer,
                             cluster_optimizer=cluster_optimizer, scaler=scaler)

@@ -1,4 +1,4 @@
-"""Towards Latent Masked Image Modeling for Self-Supervised Visual Representation Learning
+r"""Towards Latent Masked Image Modeling for Self-Supervised Visual Representation Learning
 (Wei et al., arXiv 2407.15837).
 
 As in MAE, most patches are masked. But the decoder does not predict their pixels. It predicts a
@@ -8,12 +8,12 @@ prediction must be more similar to its own target than to those of the image's o
 patches are cut with gaps, so that a neighbour's edge does not reveal them; and a loss term keeps
 the similarity of an image's tokens on a schedule.
 
-  images [B, C, G (p + g), G (p + g)]: G x G cells of p + g pixels
+  images [B, C, G (p + g), G (p + g)]: G x G cells of p + g pixels; --img-size is G p
     1. a random p x p crop of each cell: patches [B, N, P]             cell_crops
     2. CLS + a random 20 of 196 patches -> projected [B, 1 + V, D]     draw_mask, encoder
     3. CLS + the masked patches only -> targets [B, M, D], no gradient teacher
-    4. mask tokens with visual cues attend to 2 -> pred [B, M, D]      decoder
-    5. cross-entropy: which of the M targets, temperature 0.2          patch_discrimination
+    4. mask tokens with cues attend to these V -> pred [B, M, D]       decoder
+    5. cross-entropy: which of the M targets, temperature tau = 0.2    patch_discrimination
        + 0.1 (s(pred) - s*)^2 + 0.1 (s(visible) - s*)^2                similarity
        where s* falls from 0.75 to 0.25
   Positions are fixed sin-cos functions of a patch's cell, in encoder and decoder.
@@ -23,7 +23,7 @@ the similarity of an image's tokens on a schedule.
 
   python latent_mim.py                                                     the demo
   python latent_mim.py --data DIR --img-size 96 --out runs/mine-latent     any folder of images
-  python latent_mim.py --loss l2 --ema 0 0 --sim-coeff 0 --out runs/naive  figure 3: collapses
+  python latent_mim.py --loss l2 --ema 0 0 --sim-coeff 0 --out runs/naive  collapses
   torchrun --nproc_per_node 8 latent_mim.py --out runs/latent-base --data DIR --img-size 224 \
       --model base --batch-size 4096 --epochs 800 --warmup-epochs 40 --base-lr 1.5e-4 \
       --proj-dim 4096 --decoder-dim 512 --decoder-depth 3 --decoder-heads 16 \
@@ -31,7 +31,7 @@ the similarity of an image's tokens on a schedule.
 
 Differs from the authors' program:
 - s is averaged over the images of all processes; theirs over each process alone. As in theirs, s is
-  one micro-batch's: `--accum` changes the loss a little.
+  computed per micro-batch, so `--accum` changes the loss a little.
 - `--visible-share` replaces their count of visible patches, so that small grids work.
 - Gradients are clipped to norm 1; `--clip-grad 0` disables this, as in the paper.
 - A batch may span two epochs; theirs drops the last incomplete batch of an epoch.
@@ -132,7 +132,7 @@ class CrossBlock(nn.Module):  # queries attend to each other, then to the contex
 
 def patch_discrimination(pred, target, tau):
     """Cross-entropy over the targets of the SAME image: pred, target [B, M, D] -> scalar. The
-    predictions are first standardised over the image's patches. The factor 2 tau is the
+    predictions are first standardised over the image's masked patches. The factor 2 tau is the
     authors'."""
     pred = (pred - pred.mean(1, keepdim=True)) / (pred.std(1, keepdim=True) + 1e-4)
     logits = F.normalize(pred, dim=-1) @ F.normalize(target, dim=-1).mT / tau  # [B, M, M]
@@ -263,8 +263,8 @@ class LatentMIM(nn.Module):
     def forward(self, images, is_masked=None, num_visible=None, offsets=None, sim_target=0.25):
         """images [B, C, gh * (p + g), gw * (p + g)], normalised per channel by the data set's mean
         and standard deviation; is_masked [B, N] and offsets [B, N, 2], drawn if None; num_visible:
-        visible patches per image, by default the model's; sim_target: s* -> loss, logs. Does not
-        move the teacher: call `update_teacher`."""
+        visible patches in a row of is_masked, by default the model's; sim_target: s* -> loss, logs.
+        Does not move the teacher: call `update_teacher`."""
         B, N = len(images), self.num_patches
         if is_masked is None:
             is_masked = self.draw_mask(torch.rand(B, N, device=images.device))
@@ -369,7 +369,7 @@ def train(cfg):
             group["lr"] = lr
         if step > 1:  # before the targets are computed; in step 1 the teacher is a copy
             model.update_teacher(momentum)
-        # As a float, s* would be compiled anew in each step.
+        # A Python float would recompile the model in every step, so s* is a tensor.
         s_star = torch.full((), sim_target, device=run.device)
         # Noise for the global batch: masks do not depend on the number of processes.
         B, N = cfg.batch_size, model.num_patches

@@ -1,4 +1,4 @@
-"""Masked Autoencoders Are Scalable Vision Learners (He et al., arXiv 2111.06377).
+r"""Masked Autoencoders Are Scalable Vision Learners (He et al., arXiv 2111.06377).
 
 Three quarters of an image's patches are masked. The encoder sees only the visible quarter, which
 makes it cheap. A small decoder gets the encoder's output and one learned mask token per masked
@@ -22,7 +22,8 @@ shows, so the encoder learns it.
 Differs from the authors' program:
 - Gradients are clipped to norm 1; `--clip-grad 0` disables this, as in the paper.
 - A batch may span two epochs; theirs drops the last incomplete batch of an epoch.
-- The decoder's input is visible tokens, then masked ones; attention ignores the order.
+- The decoder gets visible tokens, then masked ones; theirs restores the image's order first. The
+  result is the same.
 - Mixed precision is bf16; theirs is fp16 with a loss scaler, here `--amp fp16`.
 tests/test_trajectories.py repeats 24 recorded steps of their program: losses agree within 1e-5.
 """
@@ -53,7 +54,7 @@ class Config(TrainConfig):
     decoder_depth: int = flag(1, "blocks of the decoder; the paper's is 8", 1)
     decoder_heads: int = flag(2, "heads of the decoder; the paper's is 16", 1)
     epochs: int = 16
-    base_lr: float = 6e-3  # per 256 images; the paper's 1.5e-4 is for large models, 800 epochs
+    base_lr: float = 6e-3  # per 256 images; the paper's 1.5e-4 is for ViT-B and larger, 800 epochs
     out: str = "runs/mae"
     # As in common.py: 1 epoch of warm-up; weight decay 0.05 and betas 0.9, 0.95, the paper's.
 
@@ -138,7 +139,7 @@ class MAE(nn.Module):
 
     def forward(self, images, is_masked=None, num_visible=None):
         """images [B, C, H, W], normalised per channel by the data set's mean and standard
-        deviation; is_masked [B, N], drawn if None; num_visible: visible patches per image, by
+        deviation; is_masked [B, N], drawn if None; num_visible: visible patches in a row of it, by
         default the model's -> loss, logs."""
         patches = patchify(images, self.patch_size)  # [B, N, P]
         if is_masked is None:
@@ -165,8 +166,8 @@ class MAE(nn.Module):
         return x[:, 0], x[:, 1:]
 
     def reconstruct(self, images, is_masked):
-        """The prediction for every patch [B, N, P], normalised as `images` are. With norm_pix it
-        lacks its patch's mean and deviation; the true ones are put back."""
+        """The prediction for every patch [B, N, P], normalised as `images` are. With norm_pix
+        the model predicts normalised patches; each patch's true mean and deviation are put back."""
         ids_visible, ids_masked = split_ids(is_masked, self.num_visible)
         patches = patchify(images, self.patch_size)
         latent = self.encode_visible(patches, ids_visible)
@@ -185,11 +186,11 @@ class MAE(nn.Module):
 
     @classmethod
     def from_released(cls, state_dict, **sizes):
-        """A model with the authors' weights, whose parameter names are ours. `sizes` go to the
-        constructor; its defaults are the paper's ViT-B. Of a fine-tuned file the head is ignored,
-        and fc_norm, if it was trained on the mean of the patches, becomes the final norm."""
-        state = state_dict.get("model", state_dict).items()
-        state = {name: t for name, t in state if not name.startswith("head.")}
+        """A model with the authors' weights; our parameter names equal theirs. `sizes` go to the
+        constructor (default: ViT-B). The head of a fine-tuned file is ignored. If its final norm is
+        fc_norm, it was trained on the mean of the patches."""
+        weights = state_dict.get("model", state_dict)
+        state = {name: t for name, t in weights.items() if not name.startswith("head.")}
         if "norm.weight" not in state:
             state = {name.replace("fc_norm.", "norm."): t for name, t in state.items()}
         return load_released(cls(**sizes), state, optional=["decoder", "mask_token"])

@@ -1,4 +1,4 @@
-"""PiLaMIM: Toward Richer Visual Representations by Integrating Pixel and Latent Masked Image
+r"""PiLaMIM: Toward Richer Visual Representations by Integrating Pixel and Latent Masked Image
 Modeling (Lee et al., arXiv 2501.03005).
 
 Predicting pixels keeps detail: positions, counts, distances. Predicting another encoder's features
@@ -66,7 +66,8 @@ class Config(TrainConfig):
     decoder_dim: int = flag(64, "width of both decoders; the paper's is 384", 1)
     decoder_depth: int = flag(2, "blocks of each decoder; the paper's is 6", 1)
     decoder_heads: int = flag(2, "heads of both decoders; the paper's is 12", 1)
-    ema: tuple[float, ...] = flag((0.9, 1.0), "teacher's momentum; the paper's is 0.996 1", 0, 1)
+    ema: tuple[float, ...] = flag((0.9, 1.0), "first and last momentum of the teacher; the paper's "
+                                  "are 0.996 1", 0, 1)
     init: str = flag("mae", "mae: Xavier, sin-cos positions; torch: the authors', random positions",
                      choices=["mae", "torch"])
     batch_size: int = 64
@@ -170,7 +171,7 @@ class PiLaMIM(nn.Module):
 
     def forward(self, images, is_masked=None, num_visible=None):
         """images [B, C, H, W], normalised per channel by the data set's mean and standard
-        deviation; is_masked [B, N], drawn if None; num_visible: visible patches per image, by
+        deviation; is_masked [B, N], drawn if None; num_visible: visible patches in a row of it, by
         default the model's -> loss, logs. Does not move the teacher: call `update_teacher`."""
         patches = patchify(images, self.patch_size)  # [B, N, P]
         if is_masked is None:
@@ -179,7 +180,7 @@ class PiLaMIM(nn.Module):
         latent = self.encode_visible(patches, ids_visible)  # [B, 1 + V, D]
         with torch.no_grad():
             target = self.teacher(patches, self.teacher.pos_embed)  # [B, 1 + N, D]
-        # Both decoders return the masked places in the order of ids_masked, as the targets are.
+        # Both decoders return the masked patches in the order of ids_masked, like the targets.
         V = ids_visible.shape[1]  # the losses do not read the visible places, which come before CLS
         pixels = self.decoder(latent, ids_visible, ids_masked, V)[:, 1:]  # [B, M, P]
         latents = self.latent_decoder(latent, ids_visible, ids_masked, V)  # [B, 1 + M, D]
@@ -254,8 +255,8 @@ def build(cfg):
 
 
 def lr_factor(epoch, epochs, warmup_epochs):
-    """The learning rate over its peak, constant within an epoch as in the authors' program: the
-    smaller one of a linear warm-up and of half a cosine from 1 to 0 over ALL epochs."""
+    """The learning rate divided by its peak, constant within an epoch as in the authors' program:
+    the smaller one of a linear warm-up and half a cosine from 1 to 0 over ALL epochs."""
     return min((epoch + 1) / (warmup_epochs + 1e-8), cosine(epoch, epochs, first=1.0, last=0.0))
 
 

@@ -1,4 +1,4 @@
-"""SemanticMIM: Marring Masked Image Modeling with Semantics Compression for General Visual
+r"""SemanticMIM: Marring Masked Image Modeling with Semantics Compression for General Visual
 Representation (Yuan et al., arXiv 2406.10673).
 
 If mask tokens can look at the visible patches they copy from their neighbours, and no token need
@@ -12,7 +12,7 @@ of blocks.
     2. K proxies and V visible patches, with learned positions [B, K + V, D]
     3. for every layer:                                                      mask_latents
          compression:     [proxies; visible] <- Block([proxies; visible])
-         reconstruction:  mask tokens <- Block(they attend to [proxies; mask tokens])
+         reconstruction:  mask tokens <- Block(queries: mask tokens, keys: proxies, mask tokens)
     4. final norm, one Linear -> a prediction for each masked place [B, M, .]
     5. HOG: mean squared error to histograms of oriented gradients           hog_target
        dVAE: cross-entropy to the token ids of DALL-E's encoder              Tokenizer
@@ -33,8 +33,8 @@ of blocks.
 Differs from the authors' program:
 - Crops are resized with antialiasing; theirs (OpenCV) has none. This is the largest difference:
   HOG targets of 224-pixel photographs differ by 24 % in L2 norm (docs/differences.py).
-- dVAE: the tokenizer sees the training crop at half its size; theirs sees the same box of the
-  photograph, resized separately to 112 pixels with Lanczos.
+- dVAE: the tokenizer sees the training crop, resized to 8 x 8 pixels per patch; theirs sees the
+  same box of the photograph, resized separately to 112 pixels with Lanczos.
 - dVAE: colour jitter follows the crop, on floats, in the order brightness, contrast, saturation;
   theirs precedes it, on uint8, in random order.
 - dVAE: drop path applies once to the MLP branch; theirs applies it twice by mistake.
@@ -66,7 +66,7 @@ norm = partial(nn.LayerNorm, eps=1e-6)  # everywhere, for both targets
 
 # ---- Config: own flags and changed defaults. The defaults are the demo's.
 
-RECIPES = {  # the paper's values, for flags that are not given
+RECIPES = {  # the paper's values, for flags not given; first_lr: a share of the peak, last_lr: not
     "hog": dict(mask_ratio=0.8, num_proxy=8, crop_scale=(0.5, 1.0), jitter=0.0, drop_path=0.0,
                 clip_grad=0.02, first_lr=1e-6, last_lr=1e-6),
     "dvae": dict(mask_ratio=0.6, num_proxy=1, crop_scale=(0.08, 1.0), jitter=0.4, drop_path=0.1,
@@ -136,7 +136,7 @@ def hog_target(images, p, bins=9):
     gy = x[..., :-2, :] - x[..., 2:, :]
     gy = gy[..., :-2] + 2 * gy[..., 1:-1] + gy[..., 2:]
     index = (torch.atan2(gx, gy) / math.pi * bins).floor() % bins  # the bin, [B, C, H, W]
-    # A Gaussian window, two cells wide with a deviation of one cell, tiles the image.
+    # A Gaussian window, two cells wide with a standard deviation of one cell, tiles the image.
     at = torch.arange(2 * cell, device=images.device) - cell + 0.5
     window = torch.exp(-at.square() / (2 * cell**2))
     window = window / window.sum()
@@ -180,7 +180,7 @@ class Tokenizer:
                     branch = self.conv(branch.relu(), f"{name}.res_path.conv_{number}")
                 if f"blocks.{name}.id_path.w" in self.weights:
                     x = self.conv(x, f"{name}.id_path")
-                x = x + branch / 64  # 8 blocks, squared
+                x = x + branch / 64  # 64: the number of blocks, squared
             if group < 4:
                 x = F.max_pool2d(x, 2)
         return self.conv(x.relu(), "output.conv")
@@ -286,7 +286,7 @@ class SemanticMIM(nn.Module):
         self.num_visible = max(1, self.num_patches - num_masked)  # V; one stays visible
         check_visible(f"--mask-ratio {mask_ratio}", self.num_visible, self.num_patches)
 
-        self.cls_token = nn.Parameter(torch.zeros(1, num_proxy, dim))  # the proxies; their name
+        self.cls_token = nn.Parameter(torch.zeros(1, num_proxy, dim))  # the K proxies
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, num_proxy + self.num_patches, dim))
         self.patch_embed = PatchEmbed(patch_size, in_chans, dim)
@@ -345,7 +345,7 @@ class SemanticMIM(nn.Module):
 
     def forward(self, images, is_masked=None, num_visible=None, tokens=None):
         """images [B, C, H, W], normalised per channel by the data set's mean and standard
-        deviation; is_masked [B, N], drawn if None; num_visible: visible patches per image, by
+        deviation; is_masked [B, N], drawn if None; num_visible: visible patches in a row of it, by
         default the model's; tokens [B, N]: the dVAE's ids, for the target dvae -> loss, logs."""
         if self.target == "dvae" and tokens is None:
             raise ValueError("the target dvae needs tokens [B, N], the ids of a Tokenizer")
@@ -436,8 +436,8 @@ NO_DECAY = {"hog": ["mask_token"], "dvae": ["cls_token", "pos_embed"]}  # and al
 
 
 def learning_rate(step, total, warmup, peak, first, last):
-    """Linear from `first` to the peak, reached at step warmup - 1; then half a cosine to `last`,
-    which step `total`, one after the end, would have."""
+    """`step` counts from 0. Linear from `first` to the peak at step warmup - 1, then half a cosine
+    that would reach `last` at step `total`."""
     if step < warmup - 1:
         return first + (peak - first) * step / (warmup - 1)
     return cosine(max(0, step - warmup), total - warmup, first=peak, last=last)
@@ -477,7 +477,8 @@ def train(cfg):
                            first=cfg.first_lr * plan.peak_lr, last=cfg.last_lr)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        torch.manual_seed(seed_of("drop path", cfg.seed, step, run.rank))  # resumes exactly
+        # A resumed run must drop the same branches.
+        torch.manual_seed(seed_of("drop path", cfg.seed, step, run.rank))
         # Noise for the global batch: masks do not depend on the number of processes.
         noise = draw((cfg.batch_size, model.num_patches), run.device, "mask", cfg.seed, step)
 
@@ -485,9 +486,9 @@ def train(cfg):
             with meter.waiting_for_data():
                 images = next(stream)  # [m, C, H, W]
             if cfg.jitter:
-                factors = draw((cfg.batch_size, 3), run.device, "jitter", cfg.seed, step)
+                jitter_noise = draw((cfg.batch_size, 3), run.device, "jitter", cfg.seed, step)
                 images = denormalise(images, cfg)  # 0..1
-                images = colour_jitter(images, factors[run.rows(micro)], cfg.jitter)
+                images = colour_jitter(images, jitter_noise[run.rows(micro)], cfg.jitter)
                 images = normalise(255 * images, cfg)
             tokens = None
             if tokenizer:
