@@ -110,9 +110,8 @@ class Block(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """One linear map per patch. The weight has a convolution's shape, as in other checkpoints. A
-    matrix product can skip masked patches. In bf16 on a CPU it takes a half to a third of the
-    convolution's time."""
+    """One linear map per patch. The weight has a convolution's shape, as in other checkpoints, but
+    a matrix product can skip masked patches, and is two to three times as fast in bf16 on a CPU."""
 
     def __init__(self, patch_size, in_chans, dim):
         super().__init__()
@@ -576,8 +575,7 @@ def permutation(n, seed, epoch):
 
 def random_crops(cfg, run, n, done, total):
     """For each micro-batch of the steps done + 1 .. total: the ids of this process's images, and
-    the noise for their crops. Each epoch has its own permutation. A batch may span two epochs, so
-    that none is incomplete."""
+    the noise for their crops. Each epoch has its own permutation; a batch may span two epochs."""
     for step in range(done, total):
         noise = draw((cfg.batch_size, 41), "cpu", "crop", cfg.seed, step)
         for rows in map(run.rows, range(cfg.accum)):
@@ -609,7 +607,7 @@ def batches(cfg, run, data, crops, size):
 
 
 def cut_batches(cfg, run, data, crops, size):
-    """Crop images in memory. A set below a quarter of the free GPU memory moves to the GPU."""
+    """Crop images in memory: in the GPU's, if they take less than a quarter of it."""
     images = data.images
     if run.device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info()[0] / 4:
         images = images.to(run.device)
@@ -627,8 +625,8 @@ def cut_batches(cfg, run, data, crops, size):
 
 
 class Reader(torch.utils.data.Dataset):
-    """Reads a batch in a loader process. An item is the ids of images, and the noise for random
-    crops [m, 41] or None for central ones."""
+    """Reads a batch in a loader process. An item is ids, and noise [m, 41] for random crops or None
+    for central ones."""
 
     def __init__(self, data, cfg, size):
         self.data, self.cfg, self.size = data, cfg, size
@@ -662,8 +660,8 @@ class Reader(torch.utils.data.Dataset):
 
 
 def read_batches(cfg, run, data, crops, size):
-    """Loader processes read the images. On a CPU torch uses fewer threads meanwhile: threads that
-    compete with the loaders make a step up to ten times slower."""
+    """Loader processes read the images. On a CPU torch uses fewer threads meanwhile: if they
+    compete with the loaders, a step takes up to ten times as long."""
     on_cpu = run.device.type == "cpu"
     workers = cfg.workers
     if workers is None:
@@ -700,7 +698,7 @@ def leave_group(worker):
 
 
 def report_broken(data, broken):
-    """Name each unreadable image once. Stop above 1 % of the set."""
+    """Name each unreadable image once. Stop above 1 %."""
     for i, why in broken:
         if i not in data.broken:
             data.broken[i] = data.paths[i].decode(errors="backslashreplace")
@@ -852,8 +850,8 @@ def main(train, Config, doc):
 
 
 def keep_memory():
-    """Tell glibc to keep the memory that a step frees. Getting it back from the system costs 5 % of
-    a step on a CPU. Other C libraries have no such setting."""
+    """Tell glibc to keep the memory that a step frees: getting it back costs 5 % of a step on a
+    CPU. Other C libraries have no such setting."""
     with contextlib.suppress(OSError, TypeError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
@@ -863,8 +861,8 @@ def keep_memory():
 # -- processes and devices
 
 def start(cfg, method=""):
-    """Check the flags, fill in their defaults, join the other processes, choose device and
-    precision -> the Config and this process's Run. Checkpoints and logs get the method's name."""
+    """Check the flags, fill in their defaults, choose device and precision, join the other
+    processes -> the Config and this process's Run."""
     check_ranges(cfg)
     if len(cfg.img_size) > 2:
         raise BadInput("--img-size takes one or two values")
@@ -973,8 +971,8 @@ class Run:
 
     @functools.cached_property
     def cores(self):
-        """CPU cores per process: those that it may use, divided by the processes that share them.
-        All ranks must call this together."""
+        """CPU cores that this process may use, divided by the processes that share them. All ranks
+        must call this together."""
         own = range(os.cpu_count())
         if hasattr(os, "sched_getaffinity"):
             own = sorted(os.sched_getaffinity(0))
@@ -1216,7 +1214,7 @@ class Checkpoint:
         return step
 
     def agree(self, step):
-        """All ranks must go on from the same step with the same images and flags; else all stop."""
+        """All ranks stop if they differ in step, images or flags."""
         own = [step, self.plan.total, self.plan.images, seed_of(repr(self.cfg))]
         own = torch.tensor([own], device=self.run.device)
         found = self.run.gather(own)
@@ -1225,7 +1223,6 @@ class Checkpoint:
                            f"images, Config: {found.tolist()}); --out and --data must be shared")
 
     def save(self, step):
-        """Rank 0 writes last.pt. The one before becomes previous.pt."""
         if not self.run.is_main:
             return
         state = {"method": self.run.method, "config": dataclasses.asdict(self.cfg), "step": step,
@@ -1284,8 +1281,8 @@ class Report(dict):
 
 
 class Meter:
-    """A progress bar, and OUT/log.jsonl, which rank 0 writes. Logged values are means over the
-    steps since the last line, so a value that is not finite in any step shows."""
+    """A progress bar, and OUT/log.jsonl. Logged values are means over the steps since the last
+    line, so a value that is not finite in any step shows."""
 
     def __init__(self, cfg, run, done, total, scaler):
         self.cfg, self.run, self.scaler = cfg, run, scaler
@@ -1342,8 +1339,7 @@ class Meter:
         self.bar.update(self.cfg.batch_size)
 
     def report(self, step, **schedules):
-        """Write a line: means over the steps since the last line, and over the processes. It is
-        finite, and asks to stop, for all ranks alike."""
+        """Write a line: means over the steps since the last line, and over the processes."""
         means = [torch.stack(values).float().mean() for values in self.values.values()]
         means = torch.stack([*means, torch.full_like(means[0], float(self.run.signal > 0))])
         if self.run.world > 1:
@@ -1485,8 +1481,8 @@ class Look:
 
     def scores(self, encode):
         """Effective rank and spread of the pooled features; k-NN accuracy in % for each label, of
-        the pooled features (knn_) and of the mean over patches (mean_knn_). Channels are
-        standardised first, so that those of high variance do not dominate."""
+        the pooled features (knn_) and of the mean over patches (mean_knn_), both standardised per
+        channel, so that channels of high variance do not dominate."""
         def pooled_and_mean(pooled, patches):
             return torch.stack([pooled.float(), patches.float().mean(1)], 1)  # [n, 2, D]
         features, labels = features_of(encode, self.cfg, self.run, *self.gallery, pooled_and_mean)
