@@ -46,7 +46,8 @@ Differs from the authors' program:
 - The first Sinkhorn iteration is in log space, so that no row underflows; the loss changes by less
   than 1e-5 of itself (docs/differences.py).
 - The rows of the student head are divided by their length without the 1e-8 that theirs adds.
-- The demo initialises weights with deviation 0.02; theirs are Xavier uniform (`--init xavier`).
+- The demo initialises weights with standard deviation 0.02; theirs are Xavier uniform
+  (`--init xavier`).
 - The student's gradient is clipped to norm 1; `--clip-grad 0` disables this, as in the paper.
 - A run has epochs; theirs counts steps.
 tests/test_trajectories.py repeats 24 recorded steps of their program: losses agree within 1e-5.
@@ -227,8 +228,8 @@ class RotaryAttention(nn.Module):
 
 
 class RotaryBlock(nn.Module):
-    """With a context, a block of the predictor: queries attend to the context, never to each other.
-    Drop path skips a branch for some images, which saves their compute."""
+    """With a context it is a block of the predictor: queries attend to the context, never to each
+    other. Drop path skips a branch for some images, which saves their compute."""
 
     def __init__(self, dim, heads, drop_path=0.0):
         super().__init__()

@@ -607,7 +607,7 @@ def batches(cfg, run, data, crops, size):
 
 
 def cut_batches(cfg, run, data, crops, size):
-    """Crop images in memory: in the GPU's, if they take less than a quarter of it."""
+    """Crop images in memory. A set below a quarter of the free GPU memory moves to the GPU."""
     images = data.images
     if run.device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info()[0] / 4:
         images = images.to(run.device)
@@ -684,7 +684,7 @@ def read_batches(cfg, run, data, crops, size):
         for images, ids, broken in loader:
             report_broken(data, broken)
             yield images.to(run.device, non_blocking=True).float(), ids
-    except (ConnectionError, EOFError) as error:  # torch has not noticed yet that it is dead
+    except (ConnectionError, EOFError) as error:  # before torch sees that the worker died
         raise RuntimeError("a DataLoader worker was killed") from error
     finally:
         torch.set_num_threads(threads)
@@ -1020,7 +1020,7 @@ class Run:
             return model
         ddp = DistributedDataParallel(model, bucket_cap_mb=100,  # few, large all-reduces
                                       gradient_as_bucket_view=True)
-        ddp.broadcast_buffers = False  # constants; this argument of DDP is deprecated
+        ddp.broadcast_buffers = False  # all buffers are constant; the argument is deprecated
         return ddp
 
     def steps(self, done, total):

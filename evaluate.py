@@ -515,13 +515,13 @@ def choose_probes(cfg, test_set, run):
 
 
 def extract(encode, kind, data, trained, run):
-    """The features of a set: pooled, float32 [n, F], or patches, fp16 [n, N, D]; kept on rank 0."""
+    """The features of a set: pooled, float32 [n, F], or patches, fp16 [n, N, D]; kept on rank 0.
+    If another image replaced an unreadable one, data.labels gets that image's label."""
     def take(pooled, patches):
         return pooled.float() if kind == "pooled" else patches.half()
     features, labels = features_of(encode, trained, run, data, torch.arange(len(data)), take)
     check_finite(features)
-    for name, y in labels.items():  # an image that replaced an unreadable one has its own label
-        data.labels[name] = y.cpu()
+    data.labels |= {name: y.cpu() for name, y in labels.items()}
     return features.cpu() if run.is_main else None
 
 

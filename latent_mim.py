@@ -8,11 +8,11 @@ prediction must be more similar to its own target than to those of the image's o
 patches are cut with gaps, so that a neighbour's edge does not reveal them; and a loss term keeps
 the similarity of an image's tokens on a schedule.
 
-  images [B, C, G (p + g), G (p + g)]: G x G cells of p + g pixels; --img-size is G p
+  images [B, C, G (p + g), G (p + g)]: G x G cells of p + g pixels; --img-size is G p, without gaps
     1. a random p x p crop of each cell: patches [B, N, P]             cell_crops
     2. CLS + a random 20 of 196 patches -> projected [B, 1 + V, D]     draw_mask, encoder
     3. CLS + the masked patches only -> targets [B, M, D], no gradient teacher
-    4. mask tokens with cues attend to these V -> pred [B, M, D]       decoder
+    4. mask tokens with cues attend to 2's output -> pred [B, M, D]    decoder
     5. cross-entropy: which of the M targets, temperature tau = 0.2    patch_discrimination
        + 0.1 (s(pred) - s*)^2 + 0.1 (s(visible) - s*)^2                similarity
        where s* falls from 0.75 to 0.25

@@ -80,7 +80,8 @@ class Config(TrainConfig):
 # ---- Loss
 
 def squared_error(pred, target):
-    """Mean squared error in float32, for all three losses. Pixel targets are not normalised."""
+    """Mean squared error in float32, for all three losses. Pixel targets are not normalised per
+    patch."""
     return (pred.float() - target.float()).square().mean()
 
 

@@ -66,7 +66,7 @@ norm = partial(nn.LayerNorm, eps=1e-6)  # everywhere, for both targets
 
 # ---- Config: own flags and changed defaults. The defaults are the demo's.
 
-RECIPES = {  # the paper's values, for flags not given; first_lr: a share of the peak, last_lr: not
+RECIPES = {  # the paper's values, for flags that are not given
     "hog": dict(mask_ratio=0.8, num_proxy=8, crop_scale=(0.5, 1.0), jitter=0.0, drop_path=0.0,
                 clip_grad=0.02, first_lr=1e-6, last_lr=1e-6),
     "dvae": dict(mask_ratio=0.6, num_proxy=1, crop_scale=(0.08, 1.0), jitter=0.4, drop_path=0.1,
@@ -283,7 +283,7 @@ class SemanticMIM(nn.Module):
         self.baseline = baseline
         self.num_patches = self.grid[0] * self.grid[1]  # N
         num_masked = math.ceil(mask_ratio * self.num_patches)  # M, rounded up
-        self.num_visible = max(1, self.num_patches - num_masked)  # V; one stays visible
+        self.num_visible = max(1, self.num_patches - num_masked)  # V, at least one
         check_visible(f"--mask-ratio {mask_ratio}", self.num_visible, self.num_patches)
 
         self.cls_token = nn.Parameter(torch.zeros(1, num_proxy, dim))  # the K proxies
@@ -465,7 +465,7 @@ def train(cfg):
     done = checkpoint.resume()  # steps, the same number on every rank
     ddp = run.wrap(model, plan.total)  # compiles; adds DDP if there are several processes
     if tokenizer and run.compiled:
-        tokenizer.logits = torch.compile(tokenizer.logits)  # it costs half as much as the model
+        tokenizer.logits = torch.compile(tokenizer.logits)  # half of the model's FLOPs
     meter = Meter(cfg, run, done, plan.total, scaler)
     look = Look(cfg, run, model, train_set, val_set)  # k-NN, effective rank, pictures
     if done == 0:
