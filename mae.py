@@ -121,7 +121,7 @@ class MAE(nn.Module):
         return self.norm(self.blocks(x))
 
     def encode_visible(self, patches, ids_visible):  # [B, N, P], [B, V] -> [B, 1 + V, D]
-        # The paper drops the masked patches after embedding; this is the same and costs less.
+        # The paper drops the masked patches after embedding. Dropping them first gives the same.
         pos = gather(self.pos_embed[:, 1:], ids_visible)
         return self.encode_patches(gather(patches, ids_visible), pos)
 

@@ -39,6 +39,7 @@ Differs from the authors' program:
   theirs precedes it, on uint8, in random order.
 - dVAE: drop path applies once to the MLP branch; theirs applies it twice by mistake.
 - A batch may span two epochs; theirs ends every epoch with an incomplete batch.
+- Queries, keys and values come from one matrix; the result is the same.
 - At least one patch stays visible; 80 % of a grid of 2 x 2, rounded up, would leave none.
 - If 8 does not divide the patch side, a HOG cell is half the patch (if its side is even and above
   8) or all of it. The paper's patch of 16 is not affected.
