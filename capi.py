@@ -42,13 +42,16 @@ predictions towards deciding. With one temperature a uniform prediction would be
 Differs from the authors' program:
 - All masked patches are predicted unless --predict-share says otherwise; the paper's share is 0.05.
   At least one is predicted; theirs predicts none on a 4 x 4 grid.
-- Residuals, rotary angles and Sinkhorn-Knopp are float32; theirs are bf16 like everything else.
+- Residuals, rotary angles and Sinkhorn-Knopp are float32; theirs are bf16 like everything else. In
+  a bf16 run the assignments are then rounded to bf16.
+- The peak learning rate is `--base-lr` times batch / 256; theirs is 1e-3 for any batch.
 - The first Sinkhorn iteration is in log space, so that no row underflows; the loss changes by less
   than 1e-5 of itself (docs/differences.py).
 - The rows of the student head are divided by their length without the 1e-8 that theirs adds.
 - The demo initialises weights with standard deviation 0.02; theirs are Xavier uniform
   (`--init xavier`).
 - The student's gradient is clipped to norm 1; `--clip-grad 0` disables this, as in the paper.
+- JPEGs at least twice as large as needed are decoded at 1/2, 1/4 or 1/8 of their size.
 - A run has epochs; theirs counts steps.
 tests/test_trajectories.py repeats 24 recorded steps of their program: losses agree within 1e-5.
 """
@@ -89,7 +92,7 @@ class Config(TrainConfig):
                              1e6)
     recompute: bool = flag(False, "recompute the encoder's activations: less memory, more time")
     crop_scale: tuple[float, ...] = (0.6, 1.0)
-    patch_size: int | None = 8
+    patch_size: int = flag(8, "side of a patch", 1)
     epochs: int = 14
     base_lr: float = 3e-3  # per 256 images; the paper's 1.5625e-5 is 1e-3 at batch 16384, for ViT-L
     out: str = "runs/capi"
@@ -519,10 +522,10 @@ def train(cfg):
                             cluster_optimizer=cluster_optimizer, scaler=scaler)
     done = checkpoint.resume()  # steps, the same number on every rank
     ddp = run.wrap(model, plan.total)  # compiles; adds DDP if there are several processes
-    meter = Meter(cfg, run, done, plan.total, scaler)
+    meter = Meter(cfg, run, done, plan, scaler)
     look = Look(cfg, run, model, train_set, val_set)  # k-NN, effective rank, pictures
-    if done == 0:
-        meter.write_look(0, look(0))
+    if plan.evaluates_at(done):  # at the start; or again, as the process may have died in it
+        meter.write_look(done, look(done))
 
     stream = train_batches(cfg, run, train_set, done, plan.total)
     for step in run.steps(done, plan.total):  # on a signal, the step is finished and saved

@@ -38,6 +38,10 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 
+# Signals that stop a run. Windows has no SIGHUP.
+STOPS = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}
+
+
 class BadInput(ValueError):
     """Invalid input. `main` prints it as one line and exits with status 2."""
 
@@ -56,8 +60,8 @@ MODELS = {  # width D, depth, heads; nano is for a demo on two CPU cores
 
 def attend(q, k, v):
     """Softmax attention. q [B, heads, Q, d], k and v [B, heads, T, d] -> [B, heads, Q, d]."""
-    # On a CPU the backward pass of the fused kernel is slow, in bf16 by a factor of 2 to 9. Two
-    # plain products win up to 512 x 512 scores in bf16 and 50 x 50 in float32.
+    # On a CPU the backward pass of the fused kernel is slow, above all in bf16. Two plain products
+    # are faster unless there are many tokens, when their scores also take much memory.
     most = 512 * 512 if q.dtype is torch.bfloat16 else 50 * 50
     if q.device.type == "cpu" and q.shape[2] * k.shape[2] <= most:
         return (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(-1) @ v
@@ -111,7 +115,7 @@ class Block(nn.Module):
 
 class PatchEmbed(nn.Module):
     """One linear map per patch. The weight has a convolution's shape, as in other checkpoints, but
-    a matrix product can skip masked patches, and is two to three times as fast in bf16 on a CPU."""
+    a matrix product can skip masked patches, and is faster in bf16 on a CPU."""
 
     def __init__(self, patch_size, in_chans, dim):
         super().__init__()
@@ -174,6 +178,8 @@ def sincos_2d(dim, rows, cols):
 
 def bicubic(x, size):
     """[B, C, H, W] -> [B, C, *size], bicubic with antialiasing."""
+    if x.device.type == "mps":  # torch 2.6 cannot do it there
+        return bicubic(x.cpu(), size).to(x.device)
     return F.interpolate(x, tuple(size), mode="bicubic", antialias=True)
 
 
@@ -499,8 +505,9 @@ def read_crop(path, in_chans, size, box_of):
             if shrink >= 2:  # decodes a JPEG at 1/2, 1/4 or 1/8, with enough pixels in the box
                 image.draft(None, (int(width / shrink), int(height / shrink)))
             image.load()
-            scale = image.width / width
-            image = image.crop([round(side * scale) for side in (left, top, left + w, top + h)])
+            x, y = image.width / width, image.height / height  # they differ by the rounding
+            image = image.crop((round(left * x), round(top * y),
+                                round((left + w) * x), round((top + h) * y)))
         if image.mode.startswith("I"):  # 16 bits, which convert would cut off at 255
             array = (np.asarray(image, np.float32) / 257).clip(0, 255)
             image = Image.fromarray(array.astype(np.uint8))
@@ -661,14 +668,15 @@ class Reader(torch.utils.data.Dataset):
 
 def read_batches(cfg, run, data, crops, size):
     """Loader processes read the images. On a CPU torch uses fewer threads meanwhile: if they
-    compete with the loaders, a step takes up to ten times as long."""
+    compete with the loaders, a step takes several times as long."""
     on_cpu = run.device.type == "cpu"
     workers = cfg.workers
     if workers is None:
         workers = max(1, run.cores // 4 if on_cpu else min(24, run.cores))
-    batch = cfg.batch_size // cfg.accum // run.world
-    needed = 3 * workers * run.local_world * batch * cfg.in_chans * math.prod(size)
-    if workers and os.path.isdir("/dev/shm") and needed > shutil.disk_usage("/dev/shm").free:
+    batch = max(64, cfg.batch_size // cfg.accum // run.world)  # 64 for evaluation, which may run
+    # beside training: each has up to two batches per worker in memory.
+    needed = 4 * workers * run.local_world * batch * cfg.in_chans * math.prod(size)
+    if workers and os.path.isdir("/dev/shm") and needed > shutil.disk_usage("/dev/shm").total:
         # Without this check the first batch would hang.
         raise BadInput(f"--workers {workers} need {needed >> 20} MB in /dev/shm, which has less: "
                        "use docker run --shm-size, or --workers 0")
@@ -691,8 +699,9 @@ def read_batches(cfg, run, data, crops, size):
 
 
 def leave_group(worker):
-    """Leave the process group and ignore Ctrl-C: the last step still needs its images."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Ignore what stops a run, and leave its process group: its last step still needs images."""
+    for number in STOPS:
+        signal.signal(number, signal.SIG_IGN)
     if hasattr(os, "setsid"):
         os.setsid()
 
@@ -702,7 +711,9 @@ def report_broken(data, broken):
     for i, why in broken:
         if i not in data.broken:
             data.broken[i] = data.paths[i].decode(errors="backslashreplace")
-            tqdm.write(f"warning: cannot read {data.broken[i]} ({why}); the next image replaces it")
+            warning = f"cannot read {data.broken[i]} ({why}); the next image replaces it"
+            with contextlib.suppress(OSError):  # the output is closed
+                tqdm.write(f"warning: {warning}")
     count = len(data.broken)
     if count > max(1, len(data) // 100) or count == len(data):
         some = ", ".join(list(data.broken.values())[:3])
@@ -850,8 +861,8 @@ def main(train, Config, doc):
 
 
 def keep_memory():
-    """Tell glibc to keep the memory that a step frees: getting it back costs 5 % of a step on a
-    CPU. Other C libraries have no such setting."""
+    """Tell glibc to keep the memory that a step frees: on a CPU, every step would have to get it
+    back from the kernel. Other C libraries have no such setting."""
     with contextlib.suppress(OSError, TypeError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
@@ -1035,10 +1046,8 @@ class Run:
             if times[-1] > times[0] + 1:  # torchrun repeats a Ctrl-C at once
                 signal.signal(number, signal.SIG_DFL)
                 os.kill(os.getpid(), number)
-        numbers = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}
-        if threading.current_thread() is not threading.main_thread():
-            numbers = {}
-        before = {number: signal.signal(number, handle) for number in numbers}
+        in_main = threading.current_thread() is threading.main_thread()
+        before = {number: signal.signal(number, handle) for number in STOPS if in_main}
         try:
             yield from range(done + 1, total + 1)
         finally:
@@ -1111,7 +1120,7 @@ class Plan:
 
     def evaluates_at(self, step):
         every = self.cfg.eval_every
-        return step == self.total or every > 0 and step % self.steps(every) == 0
+        return step in (0, self.total) or every > 0 and step % self.steps(every) == 0
 
     def reports_at(self, step):
         return step % self.cfg.log_every == 0 or self.saves_at(step) or self.evaluates_at(step)
@@ -1135,7 +1144,8 @@ def read_checkpoint(path):
         zipped = zipfile.is_zipfile(path)
         if zipped and zipfile.ZipFile(path).testzip():  # torch does not check its checksums
             raise ValueError
-        return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=zipped))
+        mmap = zipped and os.name != "nt"  # Windows could not replace a mapped last.pt
+        return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=mmap))
     except Exception as error:  # torch.load raises many kinds
         invalid = getattr(error, "errno", None) == errno.EINVAL  # truncated: a seek before 0
         if isinstance(error, (OSError, MemoryError)) and not invalid or "allocate" in str(error):
@@ -1284,7 +1294,7 @@ class Meter:
     """A progress bar, and OUT/log.jsonl. Logged values are means over the steps since the last
     line, so a value that is not finite in any step shows."""
 
-    def __init__(self, cfg, run, done, total, scaler):
+    def __init__(self, cfg, run, done, plan, scaler):
         self.cfg, self.run, self.scaler = cfg, run, scaler
         self.path = Path(cfg.out, "log.jsonl")
         self.first = done  # steps before this run
@@ -1301,19 +1311,23 @@ class Meter:
             precision += ", compiled"
         self.write(method=run.method, config=dataclasses.asdict(cfg), torch=torch.__version__,
                    processes=run.world, device=device, precision=precision)
-        run.say(f"{total} steps of {cfg.batch_size} images; micro-batches: {cfg.accum}; processes: "
-                f"{run.world}; {device}, {precision}")
-        self.bar = tqdm(total=total * cfg.batch_size, initial=done * cfg.batch_size, unit="img",
+        run.say(f"{plan.total} steps of {cfg.batch_size} images; micro-batches: {cfg.accum}; "
+                f"processes: {run.world}; peak learning rate: {plan.peak_lr:g}; {device}, "
+                f"{precision}")
+        batch = cfg.batch_size
+        self.bar = tqdm(total=plan.total * batch, initial=done * batch, unit="img",
                         unit_scale=True, disable=not run.is_main,
                         mininterval=0.2 if sys.stderr.isatty() else 30)
 
     def lines_until(self, step):
-        """The log without what was written after the checkpoint, and without a torn last line."""
+        """The log without what was written after the checkpoint, without the evaluation of that
+        step, which is repeated, and without a torn last line."""
         kept = ""
         if step and self.path.is_file():  # opening a named pipe would block
             for line in self.path.read_text(errors="replace").splitlines():
                 with contextlib.suppress(ValueError, AttributeError, TypeError):
-                    if json.loads(line).get("step", 0) <= step:
+                    record = json.loads(line)
+                    if record.get("step", 0) < step or record["step"] == step and "loss" in record:
                         kept += line + "\n"
         return kept
 
@@ -1418,7 +1432,7 @@ def effective_rank(features):
 def spread(tokens):
     """Standard deviation over all tokens [..., D], mean over channels: 0 if all are the same."""
     x = tokens.detach().float().flatten(0, -2)
-    return (x - x.mean(0)).square().mean(0).sqrt().mean()  # on a CPU twice as fast as x.std(0)
+    return (x - x.mean(0)).square().mean(0).sqrt().mean()  # on a CPU faster than x.std(0)
 
 
 def raw_pixels(images):
@@ -1436,7 +1450,9 @@ def every_tenth(data):
 
 def evenly(ids, count):
     """At most `count` of the ids, evenly spaced."""
-    return ids[torch.linspace(0, max(0, len(ids) - 1), min(count, len(ids))).long()]
+    last = max(0, len(ids) - 1)
+    places = torch.linspace(0, last, min(count, len(ids))).long()
+    return ids[places.clamp(max=last)]  # float32 may round up
 
 
 @torch.no_grad()
@@ -1494,7 +1510,7 @@ class Look:
         if not labels or not len(self.queries[1]):
             return scores
         queries, truth = features_of(encode, self.cfg, self.run, *self.queries, pooled_and_mean)
-        mean, std = features.mean(0), features.std(0) + 1e-6
+        mean, std = features.mean(0), features.std(0, correction=0) + 1e-6
         for i, prefix in enumerate(("knn_", "mean_knn_")):
             similarity, ids = knn(((features - mean) / std)[:, i], ((queries - mean) / std)[:, i])
             for name, y in labels.items():

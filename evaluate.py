@@ -22,7 +22,8 @@ compare with the same encoder untrained and with raw pixels.
 
 Features come from the method's `encode`, whose docstring says which encoder and which norm. Without
 a labelled val/, every tenth training image is the test set, and the probes are fitted on the
-others. Scores and settings are written to last.eval.json beside the checkpoint.
+others. Scores and settings are printed, and written to last.eval.json beside the checkpoint. The
+papers' own protocols differ: PiLaMIM's linear probe, for instance, has BatchNorm and LARS.
 """
 
 import contextlib
@@ -32,6 +33,7 @@ import importlib
 import json
 import math
 import os
+import textwrap
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -78,7 +80,7 @@ class Config:
     layer_decay: float = flag(0.75, "finetune: a layer's learning rate over the next one's", 0, 1)
     drop_path: float = flag(0.1, "finetune: drop path of the last block, rising from 0", 0, 0.9)
     masks: tuple[str, ...] = flag((), "folders of the masks (.png) for train/ and val/")
-    ignore: int = flag(255, "label in the masks to leave out")
+    ignore: int = flag(255, "label in the masks to leave out", 0, 255)
     picture: bool = flag(False, "draw 8 test images: PCA of the patches that `encode` returns, "
                          "and the method's pictures")
     export: str = flag("", "write the encoder to this .pt or .safetensors file")
@@ -483,8 +485,8 @@ def safetensors(state):
 
 def export(model, cfg):
     path = Path(cfg.export)
-    if path.exists() and path.samefile(cfg.checkpoint):
-        raise BadInput(f"--export {path}: this is the checkpoint itself")
+    if path.is_dir() or path.exists() and path.samefile(cfg.checkpoint):
+        raise BadInput(f"--export {path}: this is a folder, or the checkpoint itself")
     state, call = timm_state(model)
     with writing(f"--export {path}"), whole_file(path) as file:
         if path.suffix == ".safetensors":
@@ -552,6 +554,8 @@ def evaluate(cfg):
         encoders["raw"] = raw
     jobs = [(probe, row) for probe in probes for row in encoders
             if row != "raw" or probe not in ("attentive", "finetune")]
+    if probes and not jobs:
+        raise BadInput("--rows raw: raw pixels have no attentive and finetune score")
 
     @functools.cache
     def sets(most):
@@ -595,6 +599,8 @@ def evaluate(cfg):
         "crop": f"centre, {test_set.margin} of the shorter side",
         "knn": "cosine, features not standardised, votes exp(cosine / 0.07)",
         "heads": f"on standardised features, AdamW, betas 0.9 0.99, lr {RATES}, decay {DECAYS}"}
+    settings = ", ".join(f"{name} {v}" for name, v in protocol.items() if v not in ("", (), None))
+    run.say(textwrap.fill(f"protocol: {settings}", 100, subsequent_indent="  "))
     report = {"protocol": protocol, "scores": scores, "chosen": chosen}
     with contextlib.suppress(Exception):  # the file may be damaged
         last = json.loads(path.read_text())

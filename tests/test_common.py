@@ -123,6 +123,9 @@ def test_a_crop_of_a_file_is_torchvisions(tmp_path):
     crop = common.read_crop(tmp_path / "photo.png", 3, (16, 24), lambda height, width: box)
     theirs = resized_crop(image, *box, [16, 24], InterpolationMode.BICUBIC, antialias=True)
     assert crop.dtype == torch.uint8 and (crop.int() - theirs.int()).abs().max() <= 1
+    to_pil_image(torch.full((3, 500, 333), 255, dtype=torch.uint8)).save(tmp_path / "white.jpg")
+    box = 500 - 333, 0, 333, 333  # decoded at half its size, which is rounded up
+    assert common.read_crop(tmp_path / "white.jpg", 3, (96, 96), lambda *size: box).min() == 255
 
 
 # -- shapes

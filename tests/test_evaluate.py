@@ -260,6 +260,8 @@ WRONG = [  # flags, what the one line says
     ("mae.pt --data FILES/masked --masks trainannot valannot --probe knn", "knn|label"),
     ("capi.pt --export x.pt", "--export"), ("semantic_mim.pt --export x.pt", "--export"),
     ("mae.pt --export FILES/mae.pt", "--export"), ("mae.pt --export FILES/no/x.pt", "no/x.pt"),
+    ("mae.pt --export .", "--export .*folder"), ("mae.pt --masks a --ignore 256", "--ignore 256"),
+    ("mae.pt --rows raw --probe attentive finetune", "--rows raw"),
     ("nan.pt", "not finite"), ("nan.pt --probe finetune --finetune-epochs 1", "not finite"),
     ("mae.pt --limit 1 --probe linear", "--limit"), ("mae.pt --finetune-lr nan", "--finetune-lr"),
 ]

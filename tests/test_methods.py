@@ -226,6 +226,17 @@ def test_encode_is_deterministic_and_leaves_nothing_out(method):
 
 @each_method
 @torch.no_grad()
+def test_torch_export_takes_encode(method):
+    model = built(method)
+    images = images_for(model, 2)
+    with mock.patch.object(type(model), "forward", type(model).encode):
+        exported = torch.export.export(model, (images,)).module()
+    for found, features in zip(exported(images), model.encode(images), strict=True):
+        assert torch.allclose(found, features, atol=1e-6)
+
+
+@each_method
+@torch.no_grad()
 def test_encode_takes_other_sizes(method):
     model = built(method)
     pooled, patches = model.encode(torch.randn(2, 3, 48, 64))

@@ -128,6 +128,13 @@ def test_importing_has_no_side_effects(programs):
     assert programs.run("import_all") == (0, "", "")
 
 
+@pytest.mark.parametrize("name", ["common", *PROGRAMS])
+def test_no_other_packages_are_imported(name):
+    allowed = {"torch", "torchvision", "numpy", "tqdm", "PIL", "common", *sys.stdlib_module_names}
+    imports = re.findall(r"^ *(?:from|import) (\w+)", (ROOT / f"{name}.py").read_text(), re.M)
+    assert len(imports) > 3 and not set(imports) - allowed
+
+
 # -- wrong invocations; evaluate.py's are in test_evaluate.py
 
 @pytest.fixture(scope="module")
