@@ -673,9 +673,8 @@ def read_batches(cfg, run, data, crops, size):
     workers = cfg.workers
     if workers is None:
         workers = max(1, run.cores // 4 if on_cpu else min(24, run.cores))
-    batch = max(64, cfg.batch_size // cfg.accum // run.world)  # 64 for evaluation, which may run
-    # beside training: each has up to two batches per worker in memory.
-    needed = 4 * workers * run.local_world * batch * cfg.in_chans * math.prod(size)
+    batch = cfg.batch_size // cfg.accum // run.world + 64  # evaluation's 64 may wait beside it
+    needed = 3 * workers * run.local_world * batch * cfg.in_chans * math.prod(size)
     if workers and os.path.isdir("/dev/shm") and needed > shutil.disk_usage("/dev/shm").total:
         # Without this check the first batch would hang.
         raise BadInput(f"--workers {workers} need {needed >> 20} MB in /dev/shm, which has less: "

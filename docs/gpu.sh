@@ -1,6 +1,7 @@
 # Measures the rows of docs/speed.md that need a GPU, then runs the tests that need one. Meant to take
 # less than ten minutes on an H100, most of it for compiling; not yet run in this form.
 #   bash docs/gpu.sh | tee gpu.txt
+# pip install transformers lightly, to have them in the comparison.
 set -e
 cd "$(dirname "$0")/.."
 time_recipes="python tests/benchmark.py --recipes --rounds 2 --steps 6"

@@ -626,7 +626,7 @@ def test_a_run_goes_on_if_nothing_can_be_printed(programs, tmp_path, full):
 
 def test_a_small_shared_memory_is_named(tmp_path, monkeypatch):
     """Docker gives 64 MB. Without the check the first batch would never come."""
-    usage = SimpleNamespace(total=4 * 64 * 3 * 32 * 32 - 1)  # an evaluation's batch has 64 images
+    usage = SimpleNamespace(total=3 * 64 * 3 * 32 * 32)  # an evaluation's batch has 64 images
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     cfg = tiny(tmp_path / "run", data=str(write_images(tmp_path / "set", 40)), workers=1)
     with pytest.raises(BadInput, match="--workers 1 .*/dev/shm.*--shm-size.*--workers 0"):
