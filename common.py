@@ -15,6 +15,7 @@ import functools
 import inspect
 import json
 import math
+import multiprocessing
 import os
 import re
 import shlex
@@ -676,7 +677,7 @@ def read_batches(cfg, run, data, crops, size):
     batch = cfg.batch_size // cfg.accum // run.world + 64  # evaluation's 64 may wait beside it
     needed = 3 * workers * run.local_world * batch * cfg.in_chans * math.prod(size)
     if workers and os.path.isdir("/dev/shm") and needed > shutil.disk_usage("/dev/shm").total:
-        # Without this check the first batch would hang.
+        # With less, a batch would hang. Not `free`, as this run's other loaders may hold some.
         raise BadInput(f"--workers {workers} need {needed >> 20} MB in /dev/shm, which has less: "
                        "use docker run --shm-size, or --workers 0")
     crops = ((ids.tolist(), None if noise is None else noise.numpy()) for ids, noise in crops)
@@ -856,6 +857,8 @@ def main(train, Config, doc):
         tqdm.write(f"{name}: {message}", file=sys.stderr)
     if status == 0 and dist.is_initialized() and dist.get_backend() == "nccl":
         dist.destroy_process_group()  # else NCCL warns; with gloo of torch 2.6 this can hang
+    for child in multiprocessing.active_children():  # a loader that is stuck in a read
+        child.kill()
     sys.exit(status)
 
 
@@ -1300,7 +1303,7 @@ class Meter:
         self.start_line(done, time.perf_counter())
         if run.is_main:
             with writing(self.path):
-                kept = self.lines_until(done)
+                kept = self.lines_until(done, plan.evaluates_at(done))
                 with whole_file(self.path) as file:
                     file.write(kept.encode())
                 self.file = open(self.path, "a", buffering=1)
@@ -1318,15 +1321,16 @@ class Meter:
                         unit_scale=True, disable=not run.is_main,
                         mininterval=0.2 if sys.stderr.isatty() else 30)
 
-    def lines_until(self, step):
-        """The log without what was written after the checkpoint, without the evaluation of that
-        step, which is repeated, and without a torn last line."""
+    def lines_until(self, step, again):
+        """The log without what was written after the checkpoint, and without a torn last line.
+        again: without the evaluation of this step, which is repeated."""
         kept = ""
         if step and self.path.is_file():  # opening a named pipe would block
             for line in self.path.read_text(errors="replace").splitlines():
                 with contextlib.suppress(ValueError, AttributeError, TypeError):
                     record = json.loads(line)
-                    if record.get("step", 0) < step or record["step"] == step and "loss" in record:
+                    repeated = again and "rank" in record and record["step"] == step
+                    if record.get("step", 0) <= step and not repeated:
                         kept += line + "\n"
         return kept
 

@@ -66,8 +66,8 @@ class Config:
     method: str = flag("", "for the authors' weights: mae, latent_mim, ...")
     model: str = flag("", "their encoder size; default: the paper's", choices=MODELS)
     patch_size: int | None = flag(None, "their patch size; default: the paper's", 1)
-    img_size: tuple[int, ...] = flag((), "side, or height and width; default: as trained. The "
-                                     "authors' weights need their own size", 1, 10**5)
+    img_size: tuple[int, ...] = flag((), "side, or height and width; default: as trained, which "
+                                     "for the authors' weights is the only one", 1, 10**5)
     probe: tuple[str, ...] = flag((), " ".join(PROBES) + "; default: knn linear", choices=PROBES)
     rows: tuple[str, ...] = flag(ROWS, "encoders to score; raw: raw pixels", choices=ROWS)
     pool: str = flag("own", "image feature. own: the method's; cls: CLS, or the mean of registers "
@@ -512,6 +512,8 @@ def choose_probes(cfg, test_set, run):
             raise BadInput(f"--probe {probe} needs pixel labels: --data shapes, or --masks")
         if not probe.startswith("seg-") and not labels:
             raise BadInput(f"--probe {probe} needs labels; --data has none or too few images")
+    if cfg.rows == ("raw",) and set(probes) <= {"attentive", "finetune"}:
+        raise BadInput("--rows raw: raw pixels have no attentive or finetune score")
     if "finetune" in probes and run.amp is torch.float16:
         raise BadInput("--amp fp16: finetune does not scale its loss; use bf16 or off")
     return probes
@@ -555,8 +557,6 @@ def evaluate(cfg):
         encoders["raw"] = raw
     jobs = [(probe, row) for probe in probes for row in encoders
             if row != "raw" or probe not in ("attentive", "finetune")]
-    if probes and not jobs:
-        raise BadInput("--rows raw: raw pixels have no attentive and finetune score")
 
     @functools.cache
     def sets(most):
@@ -601,7 +601,8 @@ def evaluate(cfg):
         "knn": "cosine, features not standardised, votes exp(cosine / 0.07)",
         "heads": f"on standardised features, AdamW, betas 0.9 0.99, lr {RATES}, decay {DECAYS}"}
     settings = ", ".join(f"{name} {v}" for name, v in protocol.items() if v not in ("", (), None))
-    run.say(textwrap.fill(f"protocol: {settings}", 100, subsequent_indent="  "))
+    run.say(textwrap.fill(f"protocol: {settings}", 100, subsequent_indent="  ",
+                          break_on_hyphens=False, break_long_words=False))
     report = {"protocol": protocol, "scores": scores, "chosen": chosen}
     with contextlib.suppress(Exception):  # the file may be damaged
         last = json.loads(path.read_text())

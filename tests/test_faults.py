@@ -60,8 +60,8 @@ def struck(method, argv, how, number, rank="0"):
             if how == "nan":
                 images[0, 0, 0] = math.nan
             else:
-                for child in multiprocessing.active_children():  # not by its parent, as it shows
-                    subprocess.run(["kill", f"-{how:d}", str(child.pid)])
+                for child in multiprocessing.active_children():  # torch ignores a parent's SIGTERM
+                    subprocess.run(["sh", "-c", f"kill -{how:d} {child.pid}"])
                 os.killpg(0, how)
     change_batches(method, strike)
     program(method, argv)
@@ -631,6 +631,21 @@ def test_a_small_shared_memory_is_named(tmp_path, monkeypatch):
     cfg = tiny(tmp_path / "run", data=str(write_images(tmp_path / "set", 40)), workers=1)
     with pytest.raises(BadInput, match="--workers 1 .*/dev/shm.*--shm-size.*--workers 0"):
         mae.train(cfg)
+
+
+def stuck(method, argv):
+    """A program whose loader never ends a read, as from a dead network disk."""
+    real = torch.utils.data.DataLoader
+    torch.utils.data.DataLoader = lambda *args, **options: real(*args, **options | {"timeout": 1})
+    common.read_crop = lambda *args: time.sleep(10000)
+    program(method, argv)
+
+
+def test_a_stuck_loader_does_not_outlive_the_run(programs, tmp_path):
+    images = write_images(tmp_path / "images", 40)
+    argv = toy_flags("mae", tmp_path / "run", "--data", images, "--workers", 1)
+    status, _, err = programs.run("stuck", method="mae", argv=argv)
+    assert status == 1 and "timed out" in err
 
 
 def test_a_killed_loader_is_named(tmp_path, monkeypatch):

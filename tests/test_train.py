@@ -107,6 +107,7 @@ def test_resume_of_a_finished_run_and_from_a_file_and_not_at_all(tmp_path):
     for epochs in (2, 3):  # the second time from its own last.pt
         trained(tiny(tmp_path / "other", epochs=epochs, resume=str(tmp_path / "last.pt")))
     assert step_numbers(tmp_path / "other") == [3, 4, 5, 6]
+    assert [r["step"] for r in looks_of(tmp_path / "other")] == [4, 6]
     trained(tiny(tmp_path, resume="no", seed=1))
     assert len(losses(tmp_path)) == 2 and losses(tmp_path) != first
 
