@@ -600,7 +600,7 @@ def evaluate(cfg):
         "crop": f"centre, {test_set.margin} of the shorter side",
         "knn": "cosine, features not standardised, votes exp(cosine / 0.07)",
         "heads": f"on standardised features, AdamW, betas 0.9 0.99, lr {RATES}, decay {DECAYS}"}
-    settings = ", ".join(f"{name} {v}" for name, v in protocol.items() if v not in ("", (), None))
+    settings = "; ".join(f"{name} {v}" for name, v in protocol.items() if v not in ("", (), None))
     run.say(textwrap.fill(f"protocol: {settings}", 100, subsequent_indent="  ",
                           break_on_hyphens=False, break_long_words=False))
     report = {"protocol": protocol, "scores": scores, "chosen": chosen}
