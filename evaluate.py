@@ -66,8 +66,8 @@ class Config:
     method: str = flag("", "for the authors' weights: mae, latent_mim, ...")
     model: str = flag("", "their encoder size; default: the paper's", choices=MODELS)
     patch_size: int | None = flag(None, "their patch size; default: the paper's", 1)
-    img_size: tuple[int, ...] = flag((), "side, or height and width; default: as trained, which "
-                                     "for the authors' weights is the only one", 1, 10**5)
+    img_size: tuple[int, ...] = flag((), "side, or height and width; default: as trained. For the "
+                                     "authors' weights: theirs, by default the paper's", 1, 10**5)
     probe: tuple[str, ...] = flag((), " ".join(PROBES) + "; default: knn linear", choices=PROBES)
     rows: tuple[str, ...] = flag(ROWS, "encoders to score; raw: raw pixels", choices=ROWS)
     pool: str = flag("own", "image feature. own: the method's; cls: CLS, or the mean of registers "
