@@ -61,8 +61,8 @@ MODELS = {  # width D, depth, heads; nano is for a demo on two CPU cores
 
 def attend(q, k, v):
     """Softmax attention. q [B, heads, Q, d], k and v [B, heads, T, d] -> [B, heads, Q, d]."""
-    # On a CPU the backward pass of the fused kernel is slow, above all in bf16. Two plain products
-    # are faster unless there are many tokens, when their scores also take much memory.
+    # On a CPU the backward pass of the fused kernel is slow in bf16. Two plain products are faster,
+    # but store all scores, so not for many tokens; in float32 they gain little, so only for few.
     most = 512 * 512 if q.dtype is torch.bfloat16 else 50 * 50
     if q.device.type == "cpu" and q.shape[2] * k.shape[2] <= most:
         return (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(-1) @ v

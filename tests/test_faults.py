@@ -60,7 +60,7 @@ def struck(method, argv, how, number, rank="0"):
             if how == "nan":
                 images[0, 0, 0] = math.nan
             else:
-                for child in multiprocessing.active_children():  # torch ignores a parent's SIGTERM
+                for child in multiprocessing.active_children():  # not by their parent
                     subprocess.run(["sh", "-c", f"kill -{how:d} {child.pid}"])
                 os.killpg(0, how)
     change_batches(method, strike)
